@@ -1,0 +1,259 @@
+"""Beside the steps of a run: metrics, sealed checkpoints, the adapter check, progress, the stop on NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from recipes.errors import RetortError
+from recipes.lineage import sha256_files, write_atomic
+
+SEAL = "retort.json"
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first, complete or not."""
+    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and _CHECKPOINT.match(p.name)]
+    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+
+
+def newest_complete(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint whose seal matches its files, and the torn ones that came after it."""
+    torn: list[Path] = []
+    for path in reversed(checkpoints(folder)):
+        if _intact(path):
+            return path, torn
+        torn.append(path)
+    return None, torn
+
+
+def _intact(path: Path) -> bool:
+    try:
+        seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        return bool(seal["files"]) and sha256_files(path, seal["files"]) == seal["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+class Seal(TrainerCallback):
+    """Seals each checkpoint with the hashes of its files once it is whole, and only then deletes older ones."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        path = folder / f"checkpoint-{state.global_step}"
+        write_atomic(path / SEAL, json.dumps({"step": state.global_step, "files": sha256_files(path)}, indent=2))
+        for old in checkpoints(folder)[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+class TokenCounter:
+    """Counts the tokens (padding left out) that a model reads in training, from its own inputs."""
+
+    def __init__(self, model: Any, pad_token_id: int, world_size: int) -> None:
+        self.pad, self.world_size = pad_token_id, world_size
+        self.total: torch.Tensor | int = 0  # stays on the device, so that counting never makes it wait
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training and "input_ids" in kwargs:
+            mask = kwargs.get("attention_mask")
+            self.total = self.total + (mask.sum() if mask is not None else (kwargs["input_ids"] != self.pad).sum())
+
+    def __call__(self) -> int:
+        return int(self.total) * self.world_size
+
+
+class Metrics(TrainerCallback):
+    """Appends every log to metrics.jsonl under stable names. Totals go on where an interrupted attempt stopped."""
+
+    def __init__(self, path: Path, tracker: Any = None) -> None:
+        self.path, self.tracker = path, tracker
+        self.counter: TokenCounter | None = None
+        self.started = time.monotonic()
+        self.before = {"seconds": 0.0, "tokens_seen": 0}  # by interrupted attempts at the same run
+        self.last = (self.started, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._forget_after(state.global_step)
+        self.started = time.monotonic()
+        self.last = (self.started, 0)
+        if self.counter is not None:
+            self.counter.total = 0  # the probe of the pre-flight is no training
+
+    def _forget_after(self, step: int) -> None:
+        """Drop lines past the step that a resumed run starts from, and take up the totals of those before it."""
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # a line torn by a crash
+            if entry.get("step", 0) <= step:
+                kept.append(line)
+                self.before = {k: max(v, entry.get(k, 0)) for k, v in self.before.items()}
+        write_atomic(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
+            return
+        entry: dict[str, Any] = {"step": state.global_step}
+        if "eval_loss" in logs:
+            entry["eval_loss"] = logs["eval_loss"]
+        else:
+            entry |= self._training_entry(state, logs)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(entry)
+        if not math.isfinite(entry.get("loss", 0.0)):
+            raise RetortError(
+                f"the loss is {entry['loss']} at step {state.global_step}",
+                str(self.path),
+                "lower train.learning_rate; the last checkpoint is from before",
+            )
+
+    def _training_entry(self, state: Any, logs: dict[str, Any]) -> dict[str, Any]:
+        now, tokens = time.monotonic(), self.counter() if self.counter else 0
+        then, tokens_then = self.last
+        self.last = (now, tokens)
+        return {
+            "epoch": round(float(state.epoch or 0.0), 4),
+            "seconds": round(self.before["seconds"] + now - self.started, 2),
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_second": round((tokens - tokens_then) / max(now - then, 1e-9), 1),
+            "tokens_seen": self.before["tokens_seen"] + tokens,
+            "memory_bytes": peak_memory(),
+        }
+
+
+class Progress(TrainerCallback):
+    """A progress bar on a terminal; elsewhere about forty plain lines over the run."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.task: Any = None
+        self.started = time.monotonic()
+        self.first = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first = time.monotonic(), state.global_step
+        if not state.is_world_process_zero or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        step, total = state.global_step, state.max_steps
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, note=f"loss {logs['loss']:.3f}")
+        elif step % max(1, total // 40) == 0 or step in {self.first + 1, total}:
+            left = (time.monotonic() - self.started) / max(1, step - self.first) * (total - step)
+            print(f"step {step}/{total}  loss {logs['loss']:.4f}  about {left:.0f} s left", flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; safe to call twice."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class AdapterCheck(TrainerCallback):
+    """After the first optimiser step: the trained weights changed, are finite, and their saved copy reloads equal.
+
+    `result` holds the findings; a failure stops the run, since every later step would be lost.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.before: dict[str, torch.Tensor] = {}
+        self.result: dict[str, Any] | None = None
+        self.model: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # A warm-up starts at rate 0, and a step at rate 0 rightly changes nothing: the check waits for the next one.
+        moving = any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)
+        if self.result is None and moving:
+            self.before = {n: p.detach().to("cpu", copy=True) for n, p in _trainable(model).items()}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.result is not None or not self.before or not state.is_world_process_zero:
+            return
+        self.result = {**_change(self.before, _trainable(model)), "reloads": self._reloads(model)}
+        self.before = {}
+        for name, remedy in FAILED.items():
+            if not self.result[name]:
+                raise RetortError(f"after the first step the trained weights are not '{name}'", "pre-flight", remedy)
+
+    def _reloads(self, model: Any) -> bool:
+        from safetensors.torch import load_file
+
+        if not hasattr(model, "peft_config"):
+            return (
+                True  # a whole model's first checkpoint proves it; a copy of 8 B weights at step 1 would not be cheap
+            )
+        from peft import get_peft_model_state_dict
+
+        shutil.rmtree(self.folder, ignore_errors=True)
+        model.save_pretrained(self.folder, safe_serialization=True)
+        saved = load_file(self.folder / "adapter_model.safetensors")
+        live = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model).items()}
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return saved.keys() == live.keys() and all(torch.equal(saved[k], live[k]) for k in live)
+
+
+FAILED = {
+    "changed": "look at train.learning_rate and at which modules the adapter covers",
+    "finite": "lower train.learning_rate",
+    "reloads": "the disk or the peft version corrupts what is saved",
+}
+
+
+def _trainable(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, Any]:
+    largest, finite = 0.0, True
+    for name, tensor in after.items():
+        now = tensor.detach().cpu()
+        finite = finite and bool(torch.isfinite(now).all())
+        largest = max(largest, float((now.float() - before[name].float()).abs().max()))
+    return {"changed": largest > 0, "finite": finite, "max_abs_change": largest}
+
+
+def peak_memory() -> int:
+    """Peak bytes of this process's device memory (of its resident memory on a processor)."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

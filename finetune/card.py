@@ -1,0 +1,232 @@
+"""The model card: README.md with the front matter that model hubs read, written from the files of the run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from finetune.comparison import compared, headline
+from finetune.run_files import (
+    DASH,
+    RunFiles,
+    adapter_kind,
+    count,
+    dig,
+    duration,
+    lora_alpha,
+    moment,
+    number,
+    percent,
+    read_run,
+    rows_of,
+    table_of,
+    words_of,
+)
+from recipes.lineage import version, write_atomic
+from recipes.refs import Ref
+
+# SPDX identifier in lower case, or the licence's own name -> the hub's identifier, where they differ or are the same.
+# Hub list: https://huggingface.co/docs/hub/repositories-licenses
+HUB_LICENSES = {
+    **{
+        name: name
+        for name in ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0")
+    },
+    **{name: name for name in ("cc-by-nc-sa-4.0", "odc-by", "unlicense", "gpl-3.0", "openrail", "gemma")},
+    **{name: name for name in ("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4")},
+    **{
+        "llama-2": "llama2",
+        "llama-3": "llama3",
+        "llama-3.1": "llama3.1",
+        "llama-3.2": "llama3.2",
+        "llama-3.3": "llama3.3",
+    },
+    **{"llama-4": "llama4", "odc-by-1.0": "odc-by", "gpl-3.0-only": "gpl-3.0", "gpl-3.0-or-later": "gpl-3.0"},
+}
+RECIPE = """
+<details>
+<summary>The recipe</summary>
+
+{fence}yaml
+{text}
+{fence}
+
+</details>
+"""
+PLAIN_YAML = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
+YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
+
+
+def write_card(run_dir: Path, manifest: dict[str, Any] | None = None) -> Path:
+    """Write README.md, the model card, into a run directory, atomically.
+
+    Args:
+        run_dir: the run directory; what is missing in it is named in the card.
+        manifest: the run's manifest where manifest.json, which is written last, is not there yet.
+
+    Raises:
+        DataError: the directory does not exist or holds no recipe.yaml.
+    """
+    run = read_run(Path(run_dir), manifest)
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=False,  # Markdown: the filters below escape, each for its place
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    env.filters.update(text=markdown_text, code=markdown_code, fence=markdown_fence)
+    page = env.get_template("card.md.jinja").render(card_view(run))
+    fence = markdown_fence(run.recipe_text)
+    recipe = RECIPE.format(fence=fence, text=run.recipe_text.rstrip())
+    write_atomic(run.path / "README.md", re.sub(r"\n{3,}", "\n\n", page) + recipe)
+    return run.path / "README.md"
+
+
+def card_view(run: RunFiles) -> dict[str, Any]:
+    """What the card's template shows."""
+    recipe, verdict, metrics = run.recipe, run.manifest.get("verdict"), compared(run.evaluation)
+    counts = run.counts
+    parameters = number(run.preflight.get("total_parameters"))
+    folder = next((f for f in ("adapter", "model") if (run.path / f).is_dir()), "adapter" if run.adapter else "model")
+    return {
+        "front": front_matter(run),
+        "name": run.name,
+        "finished": bool(run.manifest),
+        "base": {"ref": run.base or DASH, "license": base_license(run) or "unknown", **_loading(run.base_ref)},
+        "adapter": _adapter_facts(run),
+        "kind": adapter_kind(run),
+        "folder": folder,
+        "has_tokenizer": (run.path / folder / "tokenizer_config.json").is_file(),
+        "quantization": run.quantization,
+        "confidence": run.confidence,
+        "method": str(dig(recipe, "method", "type") or "training"),
+        "chats": dig(recipe, "method", "on") != "text",
+        "train": recipe.get("train") if isinstance(recipe.get("train"), dict) else {},
+        "steps": count(run.training[-1].get("step")) if run.training else DASH,
+        "seconds": duration(run.training[-1].get("seconds")) if run.training else DASH,
+        "inputs": run.inputs,
+        "counts": counts,
+        "share": percent(counts.get("trained_tokens"), counts.get("train_tokens")),
+        "count": count,
+        "metrics": metrics,
+        "headline": headline(metrics),
+        "n": count(run.evaluation.get("n")),
+        "verdict": str(dig(verdict, "verdict") or "not judged"),
+        "obligations": words_of(dig(verdict, "obligations")),
+        "unknown": words_of(dig(verdict, "unknown")),
+        "attestations": rows_of(recipe.get("attest")),
+        "parameters": count(parameters),
+        "small": parameters is not None and parameters < 100e6,
+        "version": str(run.manifest.get("retort_version") or version()),
+        "created": moment(run.manifest.get("created")),
+        "commit": str(dig(run.manifest, "code", "commit") or "unknown"),
+        "dirty": bool(dig(run.manifest, "code", "dirty")),
+        "packages": {k: v for k, v in table_of(run.manifest.get("packages")).items() if k in _TOLD},
+    }
+
+
+_TOLD = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
+
+
+def front_matter(run: RunFiles) -> str:
+    """The YAML block, without its fences.
+
+    `base_model` and `datasets` take hub identifiers only (the hub refuses others), so an embedded or local one is named
+    in the text and in manifest.json instead.
+    """
+    tags = ["retort", str(dig(run.recipe, "method", "type") or "sft")]
+    tags += list(dict.fromkeys(["lora", adapter_kind(run).lower()])) if run.adapter else ["full-fine-tuning"]
+    fields: dict[str, Any] = {**_license_fields(run)}
+    if run.base_ref is not None and run.base_ref.kind == "hub":
+        fields |= {"base_model": run.base_ref.name, "base_model_relation": "adapter" if run.adapter else "finetune"}
+    if datasets := _hub_datasets(run.recipe):
+        fields["datasets"] = datasets
+    fields |= {
+        "library_name": "peft" if run.adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
+    return "\n".join(line for key, value in fields.items() for line in _yaml_lines(key, value))
+
+
+def _hub_datasets(recipe: dict[str, Any]) -> list[str]:
+    sources = [*rows_of(dig(recipe, "data", "train")), *rows_of(dig(recipe, "data", "eval"))]
+    return list(dict.fromkeys(str(s["hub"]).partition("@")[0] for s in sources if s.get("hub")))
+
+
+def _adapter_facts(run: RunFiles) -> dict[str, Any]:
+    """The adapter's settings that differ from leaving a thing out."""
+    told = {
+        k: v for k, v in run.adapter.items() if k not in ("type", "alpha") and v not in (None, False, [], "default")
+    }
+    told = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in told.items()}
+    return {**told, "alpha": f"{lora_alpha(run):g}"} if lora_alpha(run) is not None else told
+
+
+def _license_fields(run: RunFiles) -> dict[str, str]:
+    """The tuned weights are a derivative of the base model, so they carry its licence."""
+    named = base_license(run)
+    if not named:
+        return {"license": "unknown"}
+    known = HUB_LICENSES.get(named.lower())
+    if known:
+        return {"license": known}
+    slug = re.sub(r"[^a-z0-9.]+", "-", named.lower()).strip("-") or "custom"
+    if (run.path / "LICENSE").is_file():
+        link = "LICENSE"
+    else:
+        ref = run.base_ref
+        link = f"https://huggingface.co/{ref.name}" if ref is not None and ref.kind == "hub" else ""
+    return {"license": "other", "license_name": slug, **({"license_link": link} if link else {})}
+
+
+def base_license(run: RunFiles) -> str:
+    base = next((item for item in run.inputs if item.get("role") == "base"), {})
+    return str(base.get("license") or "")
+
+
+def _loading(ref: Ref | None) -> dict[str, str]:
+    """What `from_pretrained` is given for the base, and where that lies."""
+    if ref is None:
+        return {"path": "PATH/TO/THE/BASE", "revision": "", "where": "the recipe names no base model"}
+    if ref.kind == "embedded":
+        return {"path": f"recipes/embedded/{ref.name}", "revision": "", "where": "a folder in the checkout of Retort"}
+    where = "" if ref.kind == "hub" else "a folder on the machine that trained it"
+    return {"path": ref.name, "revision": ref.revision or "", "where": where}
+
+
+def _yaml_lines(key: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"{key}:", *(f"- {_yaml_scalar(str(v))}" for v in value)]
+    return [f"{key}: {_yaml_scalar(value)}"]
+
+
+def _yaml_scalar(text: str) -> str:
+    plain = PLAIN_YAML.fullmatch(text) and text.lower() not in YAML_WORDS
+    return text if plain else json.dumps(text)  # a JSON string is a YAML double-quoted scalar
+
+
+def markdown_text(value: Any) -> str:
+    """A value as one line of plain text, also inside a table cell."""
+    line = " ".join(str(value).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", line)
+
+
+def markdown_code(value: Any) -> str:
+    """A value as a code span, also inside a table cell, whatever backticks it holds."""
+    line = " ".join(str(value).split()) or DASH
+    ticks = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{ticks}{pad}{line}{pad}{ticks}".replace("|", "\\|")
+
+
+def markdown_fence(value: Any) -> str:
+    """A fence longer than any run of backticks in the text."""
+    return "`" * max(3, max((len(run) for run in re.findall("`+", str(value))), default=0) + 1)

@@ -1,0 +1,235 @@
+"""The batch layout: from what the user asks (tokens per step, longest row) to micro-batch, accumulation and steps.
+
+No torch here: `retort plan` must answer at once. The memory figures are plain estimates, kept on the safe side; the run
+itself then proves them on the longest batch before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.errors import MemoryFitError, RecipeError
+from recipes.schema import Recipe
+
+CPU_FORWARD_TOKENS = 8192  # more in one forward only spills the processor's caches
+MEMORY_SHARE = 0.85  # of the device; the rest is for the allocator, kernels and other processes
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run computes: `cpu` or `cuda`, and the memory of one device in bytes."""
+
+    kind: str
+    memory_bytes: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the memory estimate needs to know of a base model."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one optimiser step is cut into forwards. Rows are packed sequences where `packing` is on."""
+
+    device: str
+    world_size: int
+    seq_len: int
+    packing: bool
+    micro_batch: int
+    gradient_accumulation: int
+    rows_per_step: int
+    tokens_per_step: int
+    steps: int
+    epochs: float
+    gradient_checkpointing: bool
+    dtype: str
+    quantization: str
+    estimated_bytes: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_device(wanted: str) -> Device:
+    """The device of a run: an NVIDIA card where one answers (or the recipe pins it), else the processor.
+
+    Raises:
+        RecipeError: train.device is cuda and no card answers.
+    """
+    card = _nvidia() if wanted != "cpu" else None
+    if card is not None:
+        return card
+    if wanted == "cuda":
+        raise RecipeError("no NVIDIA card answers", "train.device", "set it to auto, or look at nvidia-smi")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("cpu", memory, f"{os.cpu_count()} processor cores")
+
+
+def _nvidia() -> Device | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        memory, name = lines[0].split(",", 1)
+        return Device("cuda", int(memory) * 2**20, name.strip())
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def compute_dtype(recipe: Recipe, device: Device) -> str:
+    """`auto` is bfloat16 on a card (every one since 2020 computes in it), float32 on a processor."""
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    return "bfloat16" if device.kind == "cuda" else "float32"
+
+
+def model_facts(folder: Path) -> ModelFacts:
+    """Read a model folder's configuration and the headers of its weight files; loads no weights.
+
+    Raises:
+        RecipeError: the files are not what they should be.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+        parameters = sum(_parameters(path) for path in sorted(folder.glob("*.safetensors")))
+        facts = ModelFacts(
+            parameters, layers, hidden, int(config.get("intermediate_size") or 4 * hidden), int(config["vocab_size"])
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+        raise RecipeError(f"{folder} is no readable model folder ({reason})", "model.base") from None
+    return facts
+
+
+def _parameters(path: Path) -> int:
+    """Element count of a safetensors file, from its header (an 8-byte length, then JSON)."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > 100_000_000:
+            raise ValueError(f"{path.name} is no safetensors file")
+        header = json.loads(stream.read(length))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def plan_layout(
+    recipe: Recipe,
+    device: Device,
+    facts: ModelFacts | None,
+    rows: int,
+    mean_tokens: float,
+    longest: int,
+    world_size: int,
+) -> Layout:
+    """Choose micro-batch, accumulation and checkpointing.
+
+    Args:
+        facts: None where the base is not on this machine yet; then memory does not limit the layout.
+        rows: training rows; `mean_tokens` and `longest` are their mean and greatest length in tokens.
+
+    Raises:
+        MemoryFitError: not even one row fits with gradient checkpointing.
+    """
+    train = recipe.train
+    width = train.seq_len if train.packing else longest
+    per_row = train.seq_len if train.packing else mean_tokens
+    if train.packing:
+        rows = max(1, math.ceil(rows * mean_tokens / (train.seq_len * 0.97)))  # best-fit packing fills about 97 %
+    per_device = max(1, round(train.tokens_per_step / per_row / world_size))
+    per_device = min(per_device, max(1, math.ceil(rows / world_size)))
+    room, checkpointing = _forward_tokens(recipe, device, facts, wanted=per_device * width)
+    if train.micro_batch is not None:
+        micro, accumulation = train.micro_batch, max(1, round(per_device / train.micro_batch))
+    else:
+        micro = max(1, min(per_device, room // width))
+        accumulation = math.ceil(per_device / micro)
+        micro = math.ceil(per_device / accumulation)
+    steps, epochs = _steps(recipe, math.ceil(rows / (micro * world_size)), accumulation)
+    per_step = micro * accumulation * world_size
+    return Layout(
+        device=device.kind,
+        world_size=world_size,
+        seq_len=train.seq_len,
+        packing=train.packing,
+        micro_batch=micro,
+        gradient_accumulation=accumulation,
+        rows_per_step=per_step,
+        tokens_per_step=round(per_step * per_row),
+        steps=steps,
+        epochs=epochs,
+        gradient_checkpointing=checkpointing,
+        dtype=compute_dtype(recipe, device),
+        quantization=recipe.model.quantization,
+        estimated_bytes=_fixed_bytes(recipe, device, facts)
+        + micro * width * _per_token(recipe, device, facts, checkpointing)
+        if facts
+        else None,
+    )
+
+
+def _steps(recipe: Recipe, batches: int, accumulation: int) -> tuple[int, float]:
+    """Optimiser steps and epochs, counted as transformers' Trainer counts them."""
+    per_epoch = max(1, math.ceil(batches / accumulation))
+    if recipe.train.max_steps is not None:
+        return recipe.train.max_steps, recipe.train.max_steps / per_epoch
+    epochs = recipe.train.epochs if recipe.train.epochs is not None else 1.0
+    return max(1, math.ceil(per_epoch * epochs)), epochs
+
+
+def _forward_tokens(recipe: Recipe, device: Device, facts: ModelFacts | None, wanted: int) -> tuple[int, bool]:
+    """Tokens that fit into one forward, and whether gradient checkpointing is needed for it."""
+    pinned = recipe.train.gradient_checkpointing
+    cap = CPU_FORWARD_TOKENS if device.kind == "cpu" else 1 << 30
+    if facts is None:
+        return cap, pinned is True
+    free = device.memory_bytes * MEMORY_SHARE - _fixed_bytes(recipe, device, facts)
+    fits = {c: int(max(0, free) // _per_token(recipe, device, facts, c)) for c in (False, True)}
+    checkpointing = pinned if pinned != "auto" else fits[False] < min(wanted, 4096)
+    shortest = min(recipe.train.seq_len, wanted)
+    if recipe.train.micro_batch is None and fits[bool(checkpointing)] < shortest and fits[True] < shortest:
+        need = (_fixed_bytes(recipe, device, facts) + shortest * _per_token(recipe, device, facts, True)) / 2**30
+        remedy = "shorten train.seq_len" if recipe.model.quantization == "nf4" else "set model.quantization: nf4"
+        have = device.memory_bytes / 2**30
+        raise MemoryFitError(f"one row needs about {need:.1f} GiB, {device.name} has {have:.1f}", "train", remedy)
+    return max(1, min(cap, fits[bool(checkpointing)])), bool(checkpointing)
+
+
+def _fixed_bytes(recipe: Recipe, device: Device, facts: ModelFacts) -> int:
+    """Weights, gradients and optimiser states, in bytes."""
+    width = 4 if compute_dtype(recipe, device) == "float32" else 2
+    embeddings = 2 * facts.vocabulary * facts.hidden
+    if recipe.model.quantization == "nf4":
+        # 4 bits a weight and about half a bit of constants; embeddings and head stay as they are.
+        weights = round(0.57 * max(0, facts.parameters - embeddings)) + width * embeddings
+    else:
+        weights = width * facts.parameters
+    trained = facts.parameters
+    if recipe.adapter is not None:
+        trained = facts.layers * recipe.adapter.r * (8 * facts.hidden + 3 * (facts.hidden + facts.intermediate))
+    return weights + trained * (4 + 4 + 8)
+
+
+def _per_token(recipe: Recipe, device: Device, facts: ModelFacts, checkpointing: bool) -> int:
+    """Activation bytes of one token: a layer keeps about 18 hidden-sized and 4 MLP-sized tensors for the backward."""
+    width = 4 if compute_dtype(recipe, device) == "float32" else 2
+    layer = width * (18 * facts.hidden + 4 * facts.intermediate)
+    kept = layer + facts.layers * width * facts.hidden if checkpointing else facts.layers * layer
+    return round(1.25 * kept)

@@ -1,0 +1,92 @@
+"""Base model, quantisation and adapter, from a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from data_prep.tokens import Tokenizer, fetch
+from finetune.layout import Device, compute_dtype
+from recipes.errors import RecipeError
+from recipes.schema import Adapter, Recipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_base(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
+    """Load the base model that a recipe names, quantised where it asks, on the run's device.
+
+    Weights are read from safetensors only. The vocabulary of the tokenizer must fit the embeddings.
+
+    Raises:
+        RecipeError: it cannot be fetched or loaded, or model and tokenizer do not belong together.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = fetch(recipe.model.ref, True)
+    dtype = DTYPES[compute_dtype(recipe, device)]
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if recipe.model.attention != "auto":
+        options["attn_implementation"] = recipe.model.attention
+    if recipe.model.quantization == "nf4":
+        options["quantization_config"] = _nf4(recipe, dtype)
+    if device.kind == "cuda":
+        options["device_map"] = {"": torch.cuda.current_device()}
+    elif recipe.model.quantization == "nf4":
+        options["device_map"] = {"": "cpu"}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=recipe.model.trust_remote_code is not None, **options
+        )
+    except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(f"{recipe.model.base} cannot be loaded: {reason}", "model.base") from None
+    _check_vocabulary(recipe, model, tokenizer)
+    model.config.use_cache = False
+    return model
+
+
+def _nf4(recipe: Recipe, dtype: torch.dtype) -> Any:
+    """4-bit NormalFloat weights, computed in `dtype` (Dettmers et al. 2023, sections 3 and 4)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=recipe.model.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+
+
+def _check_vocabulary(recipe: Recipe, model: Any, tokenizer: Tokenizer) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.backend.get_vocab().values())
+    if highest >= rows:
+        raise RecipeError(
+            f"the tokenizer has token {highest}, the model only {rows} embeddings",
+            "model.tokenizer" if recipe.model.tokenizer else "model.base",
+            "use the tokenizer that belongs to the model",
+        )
+
+
+def adapter_config(adapter: Adapter) -> Any:
+    """The peft configuration of a recipe's adapter."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.r,
+        lora_alpha=adapter.alpha if adapter.alpha is not None else 2 * adapter.r,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
+        target_parameters=list(adapter.target_parameters) or None,
+        modules_to_save=list(adapter.modules_to_save) or None,
+        use_dora=adapter.dora,
+        use_rslora=adapter.rslora,
+        init_lora_weights=True if adapter.init == "default" else adapter.init,
+        bias="none",
+    )

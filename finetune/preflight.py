@@ -1,0 +1,246 @@
+"""Looked at before the first step, printed, and kept: what trains, on what, whether it fits."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.tokens import Tokenizer
+from finetune.callbacks import peak_memory
+from finetune.layout import Layout
+from recipes.errors import MemoryFitError, RecipeError, RetortError
+from recipes.schema import Recipe
+
+# Fused and expert weights that peft's target_modules cannot reach, because they are parameters and no Linear modules.
+_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+
+
+def check(
+    recipe: Recipe,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    trainer: Any,
+    rows: Sequence[dict[str, Any]],
+    counts: dict[str, Any],
+    run_dir: Path,
+) -> dict[str, Any]:
+    """Run every check that needs no step. Returns the content of preflight.json.
+
+    Raises:
+        RecipeError: an adapter that covers nothing, or none of a model's experts.
+        MemoryFitError: the longest batch does not fit.
+        RetortError: too little disk space for the checkpoints.
+    """
+    model = trainer.model
+    total, trainable = _sizes(model)
+    disk = _disk(run_dir, recipe, trainable)
+    return {
+        "coverage": coverage(model, recipe),
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "trained_token_share": counts["trained_tokens"] / counts["train_tokens"],
+        "truncated_rows": counts["truncated_rows"],
+        "lost_tokens": counts["lost_tokens"],
+        "special_tokens": special_tokens(tokenizer, rows, recipe),
+        "disk": disk,
+        "probe": probe(trainer, layout),
+        "adapter_check": None,
+    }
+
+
+def _sizes(model: Any) -> tuple[int, int]:
+    """Parameters in all (4-bit weights counted as the weights they stand for) and those that train."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            count = int(torch.Size(state.shape).numel())
+        total += count
+        trainable += parameter.numel() if parameter.requires_grad else 0
+    return total, trainable
+
+
+def coverage(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+    """Per type of weight-carrying module: how many there are, how many train, and why the others do not.
+
+    Raises:
+        RecipeError: nothing trains; a named target matches nothing; the model has experts and none of them trains.
+    """
+    kinds: dict[str, list[int]] = {}
+    for name, module in model.named_modules():
+        clean = _clean(name)
+        carries = hasattr(module, "lora_A") or any(True for _ in module.parameters(recurse=False))
+        if clean is None or not carries:
+            continue
+        kind = kinds.setdefault(_kind(clean), [0, 0])
+        kind[0] += 1
+        kind[1] += any(p.requires_grad for p in module.parameters())
+    rows = [
+        {"type": kind, "total": total, "adapted": adapted, "why": _why(kind, total, adapted, recipe)}
+        for kind, (total, adapted) in sorted(kinds.items(), key=lambda item: (-item[1][1], item[0]))
+    ]
+    _refuse_gaps(rows, recipe)
+    return rows
+
+
+def _clean(name: str) -> str | None:
+    """The base model's name of a module inside peft's wrappers; None for the wrappers' own parts."""
+    if re.search(
+        r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|original_module|lora_dropout)\b", name
+    ):
+        return None
+    name = re.sub(r"\.modules_to_save\.default$", "", name)
+    return name.removeprefix("base_model.model.")
+
+
+def _kind(name: str) -> str:
+    last = name.rsplit(".", 1)[-1]
+    if last.isdigit() and "." in name:
+        last = name.rsplit(".", 2)[-2]
+    return f"experts.{last}" if _EXPERTS.search(name) and last != "experts" else last
+
+
+def _why(kind: str, total: int, adapted: int, recipe: Recipe) -> str:
+    if adapted == total:
+        return ""
+    if recipe.adapter is None:
+        return "frozen by the model's code"
+    if "norm" in kind:
+        return "normalisation; LoRA adapts linear layers"
+    if "embed" in kind or kind == "wte":
+        return "embedding; name it in adapter.modules_to_save to train it"
+    if kind == "lm_head":
+        return "output head; left out by all-linear"
+    return "not among adapter.targets" if recipe.adapter.targets != "all-linear" else "no linear layer"
+
+
+def _refuse_gaps(rows: list[dict[str, Any]], recipe: Recipe) -> None:
+    if not any(r["adapted"] for r in rows):
+        raise RecipeError("no weight would train", "adapter.targets", "name linear modules of the model, or all-linear")
+    if recipe.adapter is None:
+        return
+    wanted = recipe.adapter.targets if isinstance(recipe.adapter.targets, tuple) else ()
+    for target in wanted:
+        if not any(r["adapted"] and (r["type"] == target or r["type"].endswith(f".{target}")) for r in rows):
+            if any(target.rsplit(".", 1)[-1] == r["type"].rsplit(".", 1)[-1] and r["adapted"] for r in rows):
+                continue
+            names = ", ".join(sorted({r["type"] for r in rows if "norm" not in r["type"]}))
+            raise RecipeError(f"target '{target}' adapts no module", "adapter.targets", f"the model has {names}")
+    experts = [r for r in rows if r["type"] == "experts" or r["type"].startswith("experts.")]
+    if experts and not any(r["adapted"] for r in experts):
+        raise RecipeError(
+            "the model has experts and the adapter covers none of them",
+            "adapter.targets",
+            "name their weights in adapter.target_parameters, such as mlp.experts.gate_up_proj",
+        )
+
+
+def special_tokens(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
+    """End of turn is trained, padding is not the end token, no doubled begin token; over all training rows."""
+    backend = tokenizer.backend
+    ended = sum(_ends_turn(row, backend) for row in rows)
+    bos = backend.bos_token_id
+    doubled = sum(bos is not None and row["input_ids"][:2] == [bos, bos] for row in rows)
+    cut = sum(1 for row in rows if row["cut_tokens"])
+    return [
+        {
+            "check": "the end of the turn is trained",
+            "ok": ended >= len(rows) - cut,
+            "detail": f"{ended} of {len(rows)} rows end their last trained span with a special token",
+        },
+        {
+            "check": "padding is not the end token",
+            "ok": backend.pad_token_id != backend.eos_token_id,
+            "detail": f"padding {backend.pad_token!r}, end {backend.eos_token!r}; padding is never in the loss",
+        },
+        {
+            "check": "no doubled begin token",
+            "ok": doubled == 0,
+            "detail": f"{doubled} rows" if bos is not None else "the tokenizer has no begin token",
+        },
+    ]
+
+
+def _ends_turn(row: dict[str, Any], backend: Any) -> bool:
+    last = max((i for i, trained in enumerate(row["loss_mask"]) if trained), default=None)
+    if last is None:
+        return False
+    token = row["input_ids"][last]
+    return token == backend.eos_token_id or token in backend.added_tokens_decoder
+
+
+def probe(trainer: Any, layout: Layout) -> dict[str, Any]:
+    """Run the longest training batch (forward and backward) and one evaluation batch, then forget them.
+
+    Random states are put back, so the run's numbers are those it would have had without the probe.
+
+    Raises:
+        MemoryFitError: out of memory.
+    """
+    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    data = trainer.train_dataset
+    lengths = [len(ids) for ids in data["input_ids"]]
+    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[: layout.micro_batch]
+    batch = trainer.data_collator([data[i] for i in longest])
+    model = trainer.model
+    try:
+        seconds, evaluation = _timed_passes(trainer, model, batch)
+    except torch.OutOfMemoryError:
+        smaller = max(1, layout.micro_batch // 2)
+        remedy = f"set train.micro_batch: {smaller}" if layout.micro_batch > 1 else "shorten train.seq_len"
+        raise MemoryFitError(
+            f"the longest batch ({layout.micro_batch} x {max(lengths)} tokens) does not fit", "pre-flight", remedy
+        ) from None
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state_all(states[1])
+            torch.cuda.empty_cache()
+    tokens = int(batch["input_ids"].numel())
+    return {
+        "train_tokens": tokens,
+        "train_seconds": seconds,
+        "eval_seconds": evaluation,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[float, float]:
+    device = trainer.args.device
+    moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+    if trainer.args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    started = time.monotonic()
+    model.train()
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(model, dict(moved))
+    trainer.accelerator.backward(loss)
+    middle = time.monotonic()
+    model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        trainer.compute_loss(model, dict(moved))
+    for metrics in trainer._metrics.values():  # TRL averages what it logs over calls; the probe is none of them
+        metrics.clear()
+    trainer._total_train_tokens = 0
+    model.train()
+    return round(middle - started, 3), round(time.monotonic() - middle, 3)
+
+
+def _disk(run_dir: Path, recipe: Recipe, trainable: int) -> dict[str, int]:
+    """Bytes for the kept checkpoints (float32 weights and two optimiser states), one in the making, and the result."""
+    needed = trainable * 4 * 3 * (recipe.train.keep_checkpoints + 1) + trainable * 4 + 50_000_000
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise RetortError(
+            f"has {free / 1e9:.2f} GB free, the run needs about {needed / 1e9:.2f}",
+            str(run_dir),
+            "free some space, lower train.keep_checkpoints, or choose another output",
+        )
+    return {"free_bytes": free, "needed_bytes": needed}

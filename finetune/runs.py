@@ -1,0 +1,163 @@
+"""The run directory: opened for a new run, taken up after a crash, or found finished. Nothing is overwritten unseen."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from recipes.errors import RecipeError, RetortError
+from recipes.lineage import MANIFEST, cannot_write, read_manifest, write_atomic
+from recipes.load import difference, load_recipe
+from recipes.schema import Recipe
+
+RECIPE = "recipe.yaml"
+STATE = "state.json"
+_WRITTEN_BY_TRAIN = (
+    "adapter",
+    "model",
+    "checkpoints",
+    "metrics.jsonl",
+    "eval.json",
+    "samples.jsonl",
+    "base_answers.jsonl",
+)
+
+
+@dataclass
+class Run:
+    """An opened run directory.
+
+    Attributes:
+        status: `new`, `resumed` (an unfinished run of the same recipe) or `finished`.
+        id: random, made once per run; the same after a resume (wandb's run id, for one).
+        notes: what happened to the directory, to be printed.
+    """
+
+    folder: Path
+    status: Literal["new", "resumed", "finished"]
+    id: str
+    notes: tuple[str, ...]
+    lock: Any = None
+
+
+def open_run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> Run:
+    """Open the recipe's run directory for training, and lock it.
+
+    A finished run of another recipe is moved aside (`<name>.1`, `.2`, ...), never overwritten; an unfinished one is
+    refused, since resuming it would not be the same run.
+
+    Raises:
+        RecipeError: the unfinished run there has another recipe; --resume and there is nothing to resume.
+        RetortError: the directory cannot be written, or another process works in it.
+    """
+    folder = recipe.run_dir
+    lock = _lock(folder)
+    notes: list[str] = []
+    found = _recipe_of(folder)
+    finished = read_manifest(folder) is not None
+    if found is not None and fresh:
+        lock = _move_aside(folder, lock, notes)
+        found = None
+    changed = changed_keys(found, recipe) if found is not None else {}
+    if changed and not finished:
+        names = ", ".join(f"{k} ({a!r} -> {b!r})" for k, (a, b) in list(changed.items())[:4])
+        raise RecipeError(
+            f"holds an unfinished run of another recipe: {names}{' ...' if len(changed) > 4 else ''}",
+            str(folder),
+            "undo the change to resume it, or add --fresh to set it aside and start over",
+        )
+    if changed:
+        lock = _move_aside(folder, lock, notes)
+        found = None
+    if resume and found is None:
+        raise RecipeError("nothing to resume", str(folder), "leave --resume out to start")
+    status: Literal["new", "resumed", "finished"] = "new" if found is None else "finished" if finished else "resumed"
+    if status == "new":
+        _clear(folder)
+        write_atomic(folder / RECIPE, recipe_yaml(recipe))
+        write_atomic(folder / STATE, json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")
+    return Run(folder, status, _id(folder), tuple(notes), lock)
+
+
+def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys that make another run: all but those that only describe or track it."""
+    return {
+        key: values
+        for key, values in difference(old, new).items()
+        if key not in {"description", "output"} and not key.startswith("track")
+    }
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that loads to the same recipe."""
+    from ruamel.yaml import YAML
+
+    stream = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 1000
+    yaml.dump(recipe.resolved(), stream)
+    return f"# Written by Retort: the recipe with every default filled in.\n{stream.getvalue()}"
+
+
+def _recipe_of(folder: Path) -> Recipe | None:
+    path = folder / RECIPE
+    if not path.is_file():
+        return None
+    try:
+        return load_recipe(path)
+    except RecipeError as error:
+        raise RecipeError(f"holds a run whose recipe no longer loads ({error})", str(folder), "add --fresh") from None
+
+
+def _id(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / STATE).read_text(encoding="utf-8"))["id"])
+    except (OSError, ValueError, KeyError):
+        return uuid.uuid4().hex[:12]
+
+
+def _lock(folder: Path) -> Any:
+    """An exclusive lock that the system releases when the process ends, however it ends."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / ".lock").open("a")
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RetortError(
+            "another process is at work in it", str(folder), "wait for it, or choose another output"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return stream
+
+
+def _move_aside(folder: Path, lock: Any, notes: list[str]) -> Any:
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    os.replace(folder, target)
+    notes.append(f"the earlier run was moved to {target}")
+    if lock is not None:
+        lock.close()
+    return _lock(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run without recipe.yaml may have left; prepared data stays, it has a manifest of its own."""
+    for name in (*_WRITTEN_BY_TRAIN, MANIFEST):
+        path = folder / name
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

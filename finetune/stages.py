@@ -1,0 +1,321 @@
+"""The parts of a run that `train.py` strings together. Each writes what it found into the run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.masks import Masked, pieces
+from data_prep.prepare import Prepared
+from data_prep.tokens import Tokenizer, fetch
+from finetune import evals
+from finetune import preflight as checks
+from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
+from finetune.layout import Device, Layout, model_facts, plan_layout
+from finetune.models import load_base
+from finetune.stats import Answer
+from finetune.trainers import BUILDERS, token_dataset
+from recipes.errors import RetortError
+from recipes.gate import Verdict
+from recipes.lineage import (
+    build_manifest,
+    cannot_write,
+    code_state,
+    environment,
+    packages,
+    sha256_files,
+    sha256_path,
+    write_atomic,
+    write_manifest,
+)
+from recipes.schema import Recipe
+
+MASKED_ROWS = 6  # rows whose masks the report shows
+
+
+@dataclass
+class Watch:
+    """The callbacks whose findings outlive the training loop."""
+
+    adapter: AdapterCheck
+    metrics: Metrics
+    progress: Progress
+    checkpoint: Path | None
+
+
+def is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    if is_main():
+        print(text, flush=True)
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """The main process goes first; the others wait, and then find its files."""
+    from accelerate import PartialState
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    with PartialState().main_process_first():
+        yield
+
+
+def show_data(prepared: Prepared) -> None:
+    counts = prepared.counts
+    dropped = ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items()) or "none"
+    again = " (unchanged, reused)" if prepared.reused else ""
+    say(
+        f"data{again}: {counts['train_rows']:,} training rows, {counts['eval_rows']:,} held out, dropped: {dropped}; "
+        f"{counts['train_tokens']:,} tokens, {counts['trained_tokens'] / counts['train_tokens']:.0%} in the loss"
+    )
+
+
+def write_layout(recipe: Recipe, device: Device, prepared: Prepared, folder: Path) -> Layout:
+    """Choose the batch layout from the prepared rows, print it, and keep it in plan.json."""
+    counts = prepared.counts
+    mean = counts["train_tokens"] / counts["train_rows"]
+    facts = model_facts(fetch(recipe.model.ref, True))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    layout = plan_layout(recipe, device, facts, counts["train_rows"], mean, counts["length"]["max"], world)
+    if is_main():
+        write_atomic(folder / "plan.json", json.dumps(layout.as_dict(), indent=2) + "\n")
+    say(describe(layout, device))
+    return layout
+
+
+def describe(layout: Layout, device: Device) -> str:
+    """The layout in one line."""
+    unit = "packs" if layout.packing else "rows"
+    weights = "" if layout.quantization == "none" else f" on {layout.quantization}"
+    checkpointing = ", gradient checkpointing" if layout.gradient_checkpointing else ""
+    cut = f"{layout.micro_batch} x {layout.gradient_accumulation} accumulated x {layout.world_size} devices"
+    return (
+        f"layout: {device.name}, {layout.dtype}{weights}; {layout.steps} steps of {layout.rows_per_step} {unit} "
+        f"(about {layout.tokens_per_step:,} tokens): {cut}{checkpointing}"
+    )
+
+
+def write_masks(folder: Path, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> None:
+    """Keep the masks of a few rows, as text pieces, for the report."""
+    if not is_main():
+        return
+    shown = [
+        {"_id": r["_id"], "pieces": pieces(Masked(r["input_ids"], r["loss_mask"], ""), tokenizer.backend)}
+        for r in rows[:MASKED_ROWS]
+    ]
+    write_atomic(folder / "masks.json", json.dumps(shown, ensure_ascii=False, indent=1) + "\n")
+
+
+def load(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
+    """Load the base with the seed set: what a model initialises itself is then the same each time."""
+    from transformers import set_seed
+
+    set_seed(recipe.seed)
+    say(f"loading {recipe.model.base}")
+    return load_base(recipe, tokenizer, device)
+
+
+def base_answers(
+    recipe: Recipe, model: Any, tokenizer: Tokenizer, measured: list[dict[str, Any]], folder: Path
+) -> list[Answer]:
+    """Measure the base before anything can change it; an interrupted attempt's measurement is taken over."""
+    if not measured or not is_main():
+        return []
+    path, key = folder / "base_answers.jsonl", evals.measurement_key(recipe, measured)
+    answers = evals.load_answers(path, key)
+    if answers is None:
+        say(f"measuring the base on {len(measured)} held-out rows")
+        answers = evals.measure(model, tokenizer, measured, recipe, "base")
+        evals.save_answers(path, answers, key)
+    return answers
+
+
+def build(
+    recipe: Recipe,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    model: Any,
+    rows: list[dict[str, Any]],
+    held_out: list[dict[str, Any]],
+    folder: Path,
+    tracker: Any,
+) -> tuple[Any, Watch]:
+    """The trainer of the recipe's method, with its callbacks."""
+    datasets = {"train": token_dataset(rows, recipe)}
+    if held_out and recipe.train.eval_every is not None:
+        datasets["eval"] = token_dataset(held_out, recipe)
+    checkpoint, torn = newest_complete(folder / "checkpoints")
+    for path in torn:
+        say(f"{path} is not whole (the run was stopped while writing it) and is removed")
+        if is_main():
+            shutil.rmtree(path, ignore_errors=True)
+    watch = Watch(
+        AdapterCheck(folder / "adapter.check"), Metrics(folder / "metrics.jsonl", tracker), Progress(), checkpoint
+    )
+    callbacks = [watch.metrics, watch.progress, watch.adapter, Seal(recipe.train.keep_checkpoints)]
+    trainer = BUILDERS[recipe.method.type](recipe, layout, tokenizer, model, datasets, folder, callbacks)
+    watch.metrics.counter = TokenCounter(trainer.model, tokenizer.backend.pad_token_id, layout.world_size)
+    if recipe.adapter is not None and recipe.adapter.init in {"pissa", "olora"}:
+        _keep_initial_adapter(trainer, folder)
+    return trainer, watch
+
+
+def _keep_initial_adapter(trainer: Any, folder: Path) -> None:
+    """These initialisations change the base's weights; the finished adapter is converted back against this copy."""
+    if is_main():
+        trainer.model.peft_config["default"].init_lora_weights = True
+        trainer.model.save_pretrained(folder / "adapter.initial")
+
+
+def preflight(
+    recipe: Recipe,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    trainer: Any,
+    rows: list[dict[str, Any]],
+    prepared: Prepared,
+    folder: Path,
+) -> dict[str, Any]:
+    """Check what can be checked before the first step; print it and keep it."""
+    found = checks.check(recipe, layout, tokenizer, trainer, rows, prepared.counts, folder)
+    if is_main():
+        write_atomic(folder / "preflight.json", json.dumps(found, indent=2) + "\n")
+    trains = ", ".join(f"{c['type']} {c['adapted']}/{c['total']}" for c in found["coverage"] if c["adapted"])
+    frozen = ", ".join(c["type"] for c in found["coverage"] if not c["adapted"]) or "nothing"
+    say(f"trains: {trains}; frozen: {frozen}")
+    say(
+        f"{found['trainable_parameters']:,} of {found['total_parameters']:,} parameters train; "
+        f"{found['truncated_rows']} rows cut ({found['lost_tokens']} tokens lost)"
+    )
+    for item in found["special_tokens"]:
+        say(f"{'ok' if item['ok'] else 'LOOK'}: {item['check']} ({item['detail']})")
+    probe = found["probe"]
+    peak = probe["peak_memory_bytes"] / 2**30
+    say(f"longest batch: {probe['train_tokens']:,} tokens in {probe['train_seconds']} s, peak {peak:.2f} GiB")
+    return found
+
+
+def fit(trainer: Any, watch: Watch, found: dict[str, Any], folder: Path) -> None:
+    """Train, from the newest whole checkpoint where there is one."""
+    if watch.checkpoint is not None:
+        say(f"resuming from {watch.checkpoint.name}")
+    try:
+        trainer.train(resume_from_checkpoint=str(watch.checkpoint) if watch.checkpoint else None)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    finally:
+        watch.progress.close()
+    if is_main() and watch.adapter.result is not None:
+        write_atomic(
+            folder / "preflight.json", json.dumps({**found, "adapter_check": watch.adapter.result}, indent=2) + "\n"
+        )
+
+
+def save(recipe: Recipe, trainer: Any, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the trained weights and the tokenizer to `adapter/` (or `model/`), whole or not at all."""
+    if not is_main():
+        return
+    target = folder / ("adapter" if recipe.adapter is not None else "model")
+    fresh = target.with_name(target.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    initial = folder / "adapter.initial"
+    options = {"path_initial_model_for_weight_conversion": str(initial)} if initial.is_dir() else {}
+    try:
+        if options:
+            trainer.model.peft_config["default"].init_lora_weights = recipe.adapter.init  # type: ignore[union-attr]
+        trainer.model.save_pretrained(fresh, safe_serialization=True, **options)
+        tokenizer.backend.save_pretrained(fresh)
+    except OSError as error:
+        raise cannot_write(target, error) from None
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(fresh, target)
+
+
+def tuned_result(
+    recipe: Recipe, model: Any, tokenizer: Tokenizer, measured: list[dict[str, Any]], base: list[Answer], folder: Path
+) -> dict[str, Any] | None:
+    """Measure the tuned model on the rows the base was measured on, and compare."""
+    if not measured:
+        say("no held-out rows (data.eval): nothing is measured")
+        return None
+    say(f"measuring the tuned model on {len(measured)} held-out rows")
+    tuned = evals.measure(model, tokenizer, measured, recipe, "tuned")
+    return evals.write_comparison(folder, base, tuned, measured, recipe)
+
+
+def finish(
+    recipe: Recipe,
+    folder: Path,
+    verdict: Verdict,
+    device: Device,
+    prepared: Prepared,
+    layout: Layout,
+    result: dict[str, Any] | None,
+) -> None:
+    """Write the report, the model card, and last the manifest."""
+    from finetune.report import write_card, write_report
+
+    for leftover in ("adapter.initial", "adapter.check"):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
+    base = fetch(recipe.model.ref, True)
+    content = {
+        "kind": "run",
+        "name": recipe.name,
+        "recipe": recipe.resolved(),
+        "inputs": [
+            {
+                "role": "base",
+                "ref": str(recipe.model.ref),
+                "sha256": sha256_path(base),
+                "license": recipe.model.license or ("Apache-2.0" if recipe.model.ref.kind == "embedded" else None),
+            },
+            *prepared.manifest["inputs"],
+        ],
+        "parents": [],
+        "code": code_state(),
+        "packages": packages(),
+        "environment": environment(device.name),
+        "verdict": verdict.as_dict(),
+        "generators": prepared.manifest["generators"],
+        "counts": {**prepared.counts, "steps": layout.steps},
+        "metrics": (result or {}).get("metrics", {}),
+    }
+    # The report shows the manifest and the manifest lists the report: what it shows is this draft, all but final.
+    draft = build_manifest(folder, content, _result_files(folder))
+    write_card(folder, draft)
+    write_report(folder, draft)
+    write_manifest(folder, content, _result_files(folder))
+
+
+def _result_files(folder: Path) -> list[str]:
+    single = ("recipe.yaml", "plan.json", "preflight.json", "metrics.jsonl", "masks.json", "eval.json", "samples.jsonl")
+    names = [n for n in (*single, "report.html", "README.md") if (folder / n).is_file()]
+    for part in ("adapter", "model", "data"):
+        if (folder / part).is_dir():
+            names += [f"{part}/{n}" for n in sha256_files(folder / part)]
+    if not any(n.startswith(("adapter/", "model/")) for n in names):
+        raise RetortError("holds no trained weights", str(folder), "run the recipe again")
+    return names
+
+
+def result_table(folder: Path) -> str:
+    """eval.json as a table of text; a sentence where nothing was measured."""
+    path = folder / "eval.json"
+    if not path.is_file():
+        return "nothing was measured"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    lines = [f"{'on ' + str(result['n']) + ' held-out rows':<24}{'base':>24}{'tuned':>24}{'p':>10}"]
+    for name, m in result["metrics"].items():
+        cells = [f"{m[w]['value']:.3f} [{m[w]['low']:.3f}, {m[w]['high']:.3f}]" for w in ("base", "tuned")]
+        lines.append(f"{name:<24}{cells[0]:>24}{cells[1]:>24}{m['p_value']:>10.4f}")
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""Weights & Biases: metrics under stable names, the resolved recipe as config, report and manifest as an artefact."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+
+from recipes.errors import RecipeError
+from recipes.schema import Recipe
+
+NAMES = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "tokens_per_second": "speed/tokens_per_second",
+    "tokens_seen": "train/tokens_seen",
+    "memory_bytes": "memory/peak_bytes",
+    "epoch": "train/epoch",
+    "eval_loss": "eval/loss",
+}
+
+
+class Tracker:
+    """One wandb run; does nothing where the recipe names none."""
+
+    def __init__(self, run: Any = None) -> None:
+        self.run = run
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Log one line of metrics.jsonl."""
+        if self.run is not None:
+            values = {NAMES[k]: v for k, v in entry.items() if k in NAMES and v is not None}
+            self.run.log(values, step=entry["step"])
+
+    def finish(self, result: dict[str, Any] | None, files: list[Path]) -> None:
+        """Put the evaluation into the summary, attach the files, and close the run."""
+        if self.run is None:
+            return
+        import wandb
+
+        for name, metric in (result or {}).get("metrics", {}).items():
+            for who in ("base", "tuned"):
+                self.run.summary[f"eval/{name}/{who}"] = metric[who]["value"]
+            self.run.summary[f"eval/{name}/p_value"] = metric["p_value"]
+        artifact = wandb.Artifact(f"{self.run.project}-{self.run.id}", type="run")
+        for path in files:
+            if path.is_file():
+                artifact.add_file(str(path), name=path.name)
+        self.run.log_artifact(artifact)
+        self.run.finish()
+        self.run = None
+
+
+def start(recipe: Recipe, run_dir: Path, run_id: str) -> Tracker:
+    """Open the wandb run that a recipe names, offline where there is no key.
+
+    Raises:
+        RecipeError: the recipe pins `online` and no key is configured, or wandb refuses.
+    """
+    ask = recipe.track.wandb
+    if ask is None:
+        return Tracker()
+    mode = ask.mode if ask.mode != "auto" else os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    if mode == "online" and not _has_key():
+        raise RecipeError("no wandb key is configured", "track.wandb.mode", "run wandb login, or set it to offline")
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=False)
+    try:
+        run = wandb.init(
+            project=ask.project,
+            entity=ask.entity,
+            name=ask.name or recipe.name,
+            tags=list(ask.tags),
+            config=recipe.resolved(),
+            dir=str(run_dir),
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            mode=mode,  # type: ignore[arg-type]
+            settings=settings,
+        )
+    except Exception as error:  # network, permissions, quota: a run must not start half tracked
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(f"wandb cannot start: {reason}", "track.wandb", "set mode: offline to track later") from None
+    return Tracker(run)
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts if os.environ.get("NETRC") else netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)

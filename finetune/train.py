@@ -1,0 +1,119 @@
+"""Train, measure, report: `accelerate launch finetune/train.py RECIPE [--set a.b=c] [--resume | --fresh]`.
+
+This file is the story of a run, from top to bottom. Nothing imports it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.errors import RetortError
+from recipes.gate import Verdict, check
+from recipes.load import load_recipe
+from recipes.quiet import opt_out
+from recipes.schema import Recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a recipe from the command line. Returns the exit code."""
+    asked = _parse(arguments)
+    opt_out()
+    try:
+        run(load_recipe(asked.recipe, asked.set), resume=asked.resume, fresh=asked.fresh)
+    except RetortError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> None:
+    """The stages of a run, in order. Everything cheap that can fail comes before everything slow."""
+    from finetune import runs
+
+    verdict = check(recipe)
+    verdict.require()
+    opened = runs.open_run(recipe, resume, fresh)
+    say(*opened.notes)
+    if opened.status == "finished":
+        say(f"{opened.folder} holds the finished run of this recipe; --fresh repeats it")
+        show_result(opened.folder)
+        return
+    if opened.status == "resumed":
+        say(f"going on with the unfinished run in {opened.folder}")
+    train(recipe, opened, verdict)
+
+
+def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
+    """Prepare, measure the base, train, measure the tuned model, report."""
+    from data_prep.prepare import prepare, read_rows, source_inputs
+    from data_prep.tokens import load_tokenizer
+    from finetune.layout import find_device
+
+    folder: Path = opened.folder
+    device = find_device(recipe.train.device)
+    source_inputs(recipe)  # a missing file is found before torch is imported
+
+    from finetune import evals, stages, tracking
+    from finetune.trainers import check_extra
+
+    check_extra(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    say(*tokenizer.notes)
+    with stages.main_process_first():
+        prepared = prepare(recipe, folder, tokenizer)
+    stages.show_data(prepared)
+    layout = stages.write_layout(recipe, device, prepared, folder)
+    rows = read_rows(prepared.folder / "train.parquet")
+    held_out = read_rows(prepared.folder / "eval.parquet") if prepared.counts["eval_rows"] else []
+    measured = evals.choose_rows(held_out, recipe)
+    stages.write_masks(folder, rows, tokenizer)
+
+    model = stages.load(recipe, tokenizer, device)
+    base = stages.base_answers(recipe, model, tokenizer, measured, folder)
+    tracker = tracking.start(recipe, folder, opened.id) if stages.is_main() else tracking.Tracker()
+    trainer, watch = stages.build(recipe, layout, tokenizer, model, rows, held_out, folder, tracker)
+    preflight = stages.preflight(recipe, layout, tokenizer, trainer, rows, prepared, folder)
+    stages.fit(trainer, watch, preflight, folder)
+    stages.save(recipe, trainer, tokenizer, folder)
+
+    if stages.is_main():
+        result = stages.tuned_result(recipe, trainer.model, tokenizer, measured, base, folder)
+        stages.finish(recipe, folder, verdict, device, prepared, layout, result)
+        tracker.finish(result, [folder / n for n in ("report.html", "manifest.json", "recipe.yaml", "eval.json")])
+        show_result(folder)
+
+
+def say(*lines: str) -> None:
+    """Print on the main process only."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(line, flush=True)
+
+
+def show_result(folder: Path) -> None:
+    """The table at the end of a run, and where to look."""
+    from finetune.stages import result_table
+
+    say(result_table(folder), f"adapter, report and model card are in {folder} (open {folder / 'report.html'})")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description="Train, measure and report one recipe.")
+    parser.add_argument("recipe", type=Path, help="the recipe, a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--resume", action="store_true", help="go on with an unfinished run, and fail if there is none")
+    only.add_argument("--fresh", action="store_true", help="set an earlier run aside and start over")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

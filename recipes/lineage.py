@@ -1,0 +1,180 @@
+"""manifest.json: what an artefact is made of. Written last and atomically: an artefact without one is unfinished."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from recipes.errors import DataError, RetortError
+
+MANIFEST = "manifest.json"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "wandb",
+    "tokenizers",
+    "numpy",
+)
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hash of a JSON value, independent of key order and spacing."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def sha256_files(root: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Hashes by path relative to `root`; all files below it when `names` is None (its manifest left out)."""
+    if names is None:
+        names = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {name: sha256_file(root / name) for name in names}
+
+
+def sha256_path(path: Path) -> str:
+    """One hash for a file, or for a folder (over the names and hashes of its files)."""
+    return sha256_file(path) if path.is_file() else sha256_json(sha256_files(path))
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new one, never a part.
+
+    Raises:
+        RetortError: the file cannot be written (permissions, full disk); no half file is left.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as stream:
+            temporary = stream.name
+            os.chmod(temporary, 0o644)  # the library's default would hide the file from the group
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path | str, error: OSError) -> RetortError:
+    remedy = "free some space or choose another output" if error.errno in {28, 122} else "choose another output"
+    return RetortError(f"cannot be written ({error.strerror or error})", str(path), remedy)
+
+
+def build_manifest(folder: Path, content: dict[str, Any], files: Iterable[str] | None = None) -> dict[str, Any]:
+    """`content` with date, version and the hashes of `files` (all files of the folder when None)."""
+    stamp = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "retort_version": version()}
+    return {**content, **stamp, "files": sha256_files(folder, files)}
+
+
+def write_manifest(folder: Path, content: dict[str, Any], files: Iterable[str] | None = None) -> dict[str, Any]:
+    """Hash the folder's files and write its manifest, last of all. Returns what was written."""
+    manifest = build_manifest(folder, content, files)
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, or None where it has none (an unfinished artefact).
+
+    Raises:
+        DataError: there is one, and it is no JSON object.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"cannot be read ({error})", str(path), "run the stage that made it again") from None
+    if not isinstance(manifest, dict):
+        raise DataError("is no JSON object", str(path), "run the stage that made it again")
+    return manifest
+
+
+def verify(folder: Path) -> list[str]:
+    """Recompute the hashes of an artefact. Returns the names of files that are missing or differ (empty: intact).
+
+    Raises:
+        DataError: the folder has no manifest.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise DataError("has no manifest.json", str(folder), "it is no finished artefact; run the stage that makes it")
+    wrong = []
+    for name, expected in manifest.get("files", {}).items():
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != expected:
+            wrong.append(name)
+    return wrong
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("retort")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def packages() -> dict[str, str]:
+    """Installed versions of the libraries that decide a result."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_state() -> dict[str, Any]:
+    """Commit of Retort's own checkout and whether it has uncommitted changes; nulls outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": dirty}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def environment(device: str) -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "cpu_count": os.cpu_count(),
+        "memory_bytes": memory,
+    }

@@ -1,0 +1,309 @@
+"""The recipe: what a run is asked to do, as frozen pydantic models. Unknown keys are errors.
+
+This module is the only list of recipe fields; the reference page and the JSON Schema are generated from it. It
+imports neither torch nor transformers, so that a recipe is checked in milliseconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, StringConstraints, model_validator
+
+from recipes.refs import Ref, parse_ref
+
+# YAML already has types; a quoted "2" is a string and stays one.
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Bool = Annotated[bool, Strict()]
+Text = Annotated[str, Strict(), StringConstraints(min_length=1)]
+Count = Annotated[Int, Field(ge=1)]
+Fraction = Annotated[Float, Field(gt=0, lt=1)]
+
+
+def _check_ref(text: str) -> str:
+    parse_ref(text)
+    return text
+
+
+ModelRefText = Annotated[Text, AfterValidator(_check_ref)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+
+class Use(Section):
+    """What the finished model is for; the licence gate judges the lineage against it."""
+
+    purpose: Literal["commercial", "research", "internal"] = Field(description="what the model will be used for")
+    distribute: Bool = Field(description="whether weights or outputs leave the organisation")
+    name: Text | None = Field(None, description="name under which the model is published")
+    monthly_active_users: Annotated[Int, Field(ge=0)] | None = Field(None, description="of all products that use it")
+    annual_revenue_usd: Annotated[Float, Field(ge=0)] | None = Field(
+        None, description="of the organisation, in US dollars"
+    )
+    territories: tuple[Text, ...] | None = Field(None, description="ISO country codes where it is used")
+    competes_with: tuple[Text, ...] | None = Field(None, description="products the model competes with")
+
+
+class Model(Section):
+    """The base model and how it is loaded."""
+
+    base: ModelRefText = Field(description="org/name@revision, a local folder, or embedded:NAME")
+    tokenizer: ModelRefText | None = Field(None, description="where the tokenizer is, when not with the base")
+    license: Text | None = Field(None, description="SPDX id of the base's licence, where no file states it")
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="nf4: 4-bit base weights through bitsandbytes (QLoRA)"
+    )
+    double_quant: Bool = Field(True, description="nf4 only: quantise the quantisation constants too (QLoRA, section 3)")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the device computes in it, float32 on a CPU"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="attention implementation; auto leaves the choice to transformers"
+    )
+    chat_template: Text | None = Field(None, description="a .jinja file that replaces the tokenizer's chat template")
+    template_kwargs: dict[Text, Bool | Int | Text] = Field(
+        default_factory=dict, description="variables for the chat template, such as enable_thinking: false"
+    )
+    trust_remote_code: ModelRefText | None = Field(
+        None, description="off unless it names the very repository and revision whose code may run"
+    )
+
+    @property
+    def ref(self) -> Ref:
+        return parse_ref(self.base)
+
+    @model_validator(mode="after")
+    def _consent(self) -> Self:
+        if self.trust_remote_code is None:
+            return self
+        ref = parse_ref(self.trust_remote_code)
+        if ref.kind == "hub" and ref.revision is None:
+            raise ValueError("trust_remote_code must carry a revision (org/name@commit), for the code may change")
+        if self.trust_remote_code != self.base:
+            raise ValueError(f"trust_remote_code must repeat model.base ('{self.base}') word for word")
+        return self
+
+
+class Adapter(Section):
+    """A LoRA adapter (peft). `adapter: null` trains all weights instead."""
+
+    type: Literal["lora"] = "lora"
+    r: Count = Field(16, description="rank")
+    alpha: Annotated[Float, Field(gt=0)] | None = Field(None, description="LoRA alpha; default 2 * r (update scale 2)")
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = Field(0.0, description="LoRA dropout")
+    targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
+        "all-linear", description="all-linear (all but the output head), or a list of module names"
+    )
+    target_parameters: tuple[Text, ...] = Field(
+        (), description="weights that are no linear layers, such as fused experts (mlp.experts.gate_up_proj)"
+    )
+    modules_to_save: tuple[Text, ...] = Field((), description="modules trained whole and saved beside the adapter")
+    dora: Bool = Field(False, description="weight-decomposed LoRA (DoRA)")
+    rslora: Bool = Field(False, description="scale by alpha / sqrt(r) instead of alpha / r (rsLoRA)")
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
+        "default", description="initialisation of A and B; pissa and olora start from the base weights"
+    )
+
+
+class Source(Section):
+    """One source of rows: exactly one of `path`, `hub`, `embedded`."""
+
+    path: Text | None = Field(None, description="a .jsonl, .json, .csv or .parquet file, or a folder of them")
+    hub: Text | None = Field(None, description="org/name@revision of a dataset on the hub")
+    embedded: Text | None = Field(None, description="a data set shipped with Retort")
+    split: Text | None = Field(None, description="hub and embedded: which split")
+    license: Text | None = Field(None, description="SPDX id under which the rows may be used")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+        "auto", description="the shape of the rows; auto recognises it from the columns"
+    )
+    columns: dict[Literal["system", "prompt", "completion", "text", "messages", "reasoning"], Text] | None = Field(
+        None,
+        description="where the parts of a row are: a column, a dotted path (row.text), or a text with {column} places",
+    )
+    limit: Count | None = Field(None, description="take only the first rows")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        given = [n for n in ("path", "hub", "embedded") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a source needs exactly one of path, hub, embedded; it has {given or 'none'}")
+        if self.hub is not None and parse_ref(self.hub).kind != "hub":
+            raise ValueError(f"'{self.hub}' is no hub reference; write org/name@revision, or use path")
+        if self.embedded is not None:
+            parse_ref(f"embedded:{self.embedded}")
+        if self.columns is not None and self.format in {"sharegpt", "alpaca"}:
+            raise ValueError(f"columns have no meaning for format {self.format}; leave one of the two out")
+        return self
+
+    @property
+    def ref(self) -> Ref:
+        if self.path is not None:
+            return Ref("local", self.path)
+        return parse_ref(self.hub) if self.hub is not None else Ref("embedded", str(self.embedded))
+
+    def __str__(self) -> str:
+        return f"{self.ref}:{self.split}" if self.split else str(self.ref)
+
+
+class Holdout(Section):
+    """Rows held out of the training sources."""
+
+    fraction: Fraction = Field(description="share of the rows (of the groups, where rows have a `group` column)")
+
+
+class Data(Section):
+    """Which rows, and what of them is trained."""
+
+    train: Annotated[tuple[Source, ...], Field(min_length=1)] = Field(description="training sources, in order")
+    eval: Holdout | Annotated[tuple[Source, ...], Field(min_length=1)] | None = Field(
+        None, description="held-out sources, or {fraction: f} of the training rows; null: nothing is measured"
+    )
+    steps: tuple[Literal["exact_dedup"], ...] = Field((), description="preparation steps, in order")
+    train_on: Literal["all", "last"] = Field("all", description="every assistant turn, or only the last one of a row")
+    too_long: Literal["stop", "drop", "truncate"] = Field(
+        "drop", description="rows over train.seq_len: stop the run, drop the row (counted), or cut its end"
+    )
+    on_bad_row: Literal["stop", "drop"] = Field(
+        "stop", description="a row that cannot be read: stop, or drop it (counted)"
+    )
+
+
+class SFT(Section):
+    """Supervised fine-tuning."""
+
+    type: Literal["sft"] = "sft"
+    on: Literal["assistant", "text"] = Field(
+        "assistant",
+        description="assistant: loss on the assistant's tokens; text: on every token (continued pretraining)",
+    )
+
+
+class Train(Section):
+    """How long, how fast, and in which layout."""
+
+    epochs: Annotated[Float, Field(gt=0)] | None = Field(None, description="passes over the training rows (default 1)")
+    max_steps: Count | None = Field(None, description="optimiser steps, instead of epochs")
+    tokens_per_step: Count = Field(16384, description="tokens in one optimiser step, over all devices")
+    seq_len: Annotated[Int, Field(ge=8)] = Field(2048, description="longest row, in tokens")
+    learning_rate: Annotated[Float, Field(gt=0, lt=1)] = Field(2e-4, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="learning-rate decay after the warm-up"
+    )
+    warmup: Annotated[Float, Field(ge=0, lt=1)] = Field(
+        0.03, description="share of the steps with rising learning rate"
+    )
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "auto", description="auto: paged 8-bit AdamW on a GPU with nf4, plain AdamW elsewhere"
+    )
+    packing: Bool = Field(False, description="fill sequences with several rows that never attend to each other")
+    micro_batch: Count | None = Field(
+        None, description="rows (packed: sequences) per device and forward; default derived"
+    )
+    gradient_checkpointing: Literal["auto"] | Bool = Field("auto", description="recompute activations to save memory")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_every: Fraction | Count | None = Field(None, description="steps, or share of the run, between held-out losses")
+    save_every: Fraction | Count = Field(0.25, description="steps, or share of the run, between checkpoints")
+    keep_checkpoints: Count = Field(2, description="older checkpoints are deleted")
+    log_every: Count = Field(1, description="steps between log lines")
+    extra: dict[Text, Any] = Field(
+        default_factory=dict, description="further fields of TRL's config class of the method, checked against it"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("epochs and max_steps say the same thing; give one of them")
+        return self
+
+
+METRICS = ("loss", "perplexity", "exact_match", "label_accuracy", "macro_f1", "token_f1")
+Metric = Literal["loss", "perplexity", "exact_match", "label_accuracy", "macro_f1", "token_f1"]
+
+
+class Eval(Section):
+    """The measurement of base and tuned model on the held-out rows."""
+
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = Field(
+        ("loss", "perplexity", "exact_match", "token_f1")
+    )
+    samples: Annotated[Int, Field(ge=1)] | None = Field(
+        200, description="held-out rows to measure, drawn by the seed (whole groups); null: all"
+    )
+    max_new_tokens: Count = Field(64, description="longest greedy answer")
+    labels: Annotated[tuple[Text, ...], Field(min_length=2)] | None = Field(
+        None,
+        description="answers that are class labels; rows with such an answer count for label_accuracy and macro_f1",
+    )
+    confidence: Annotated[Float, Field(ge=0.5, lt=1)] = Field(0.95, description="level of the bootstrap intervals")
+    resamples: Annotated[Int, Field(ge=200, le=20_000)] = Field(2000, description="bootstrap and permutation draws")
+
+    @model_validator(mode="after")
+    def _labels_named(self) -> Self:
+        if self.labels is None and {"label_accuracy", "macro_f1"} & set(self.metrics):
+            raise ValueError("label_accuracy and macro_f1 need eval.labels: the list of answers that are labels")
+        return self
+
+
+class Wandb(Section):
+    """Weights & Biases tracking."""
+
+    project: Text
+    entity: Text | None = None
+    name: Text | None = Field(None, description="run name; default the recipe's name")
+    tags: tuple[Text, ...] = ()
+    mode: Literal["auto", "online", "offline"] = Field(
+        "auto", description="auto: online where a key is configured, offline elsewhere; it never asks"
+    )
+
+
+class Track(Section):
+    wandb: Wandb | None = None
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    schema_version: Literal[1] = 1
+    name: Annotated[Text, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)] = Field(
+        description="names the run directory: runs/<name>"
+    )
+    description: str = ""
+    output: Text | None = Field(None, description="run directory, when not runs/<name>")
+    seed: Annotated[Int, Field(ge=0, lt=2**31)] = 42
+    use: Use | None = Field(None, description="what the model is for; without it the licences are not judged")
+    model: Model
+    adapter: Adapter | None = Field(default_factory=Adapter, description="null: full fine-tuning")
+    data: Data
+    teacher: None = Field(None, description="reserved for distillation; only null today")
+    method: SFT = Field(default_factory=SFT)
+    train: Train = Field(default_factory=Train)
+    eval: Eval = Field(default_factory=Eval)
+    track: Track = Field(default_factory=Track)
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.adapter is None and self.model.quantization != "none":
+            raise ValueError(
+                "a quantised base cannot be trained whole: set model.quantization to none, or give an adapter"
+            )
+        if self.adapter is not None and self.adapter.init in {"pissa", "olora"} and self.model.quantization != "none":
+            raise ValueError(
+                f"adapter.init {self.adapter.init} needs unquantised weights: set model.quantization to none"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output).expanduser() if self.output else Path("runs") / self.name
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain YAML/JSON values."""
+        return self.model_dump(mode="json")

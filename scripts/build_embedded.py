@@ -1,0 +1,235 @@
+"""Build `embedded:tiny`, `embedded:tiny-teacher` and `embedded:arithmetic` from a seed.
+
+    python -m scripts.build_embedded                       # about 20 minutes on 2 cores, always under 30
+    python -m scripts.build_embedded --quick --output DIR  # a few steps, to see that it runs
+
+Both models read the same text, all of it written by the generators in scripts/corpus and scripts/build_legal_data.py:
+everyday text, contract clauses without questions, arithmetic, everyday chat. The teacher is a larger network, and is
+then tuned on the train rows of `embedded:legal` and `embedded:arithmetic`; the base never sees those.
+
+Architecture: Llama (RoPE, RMSNorm, SwiGLU, tied embeddings), because every trainer, server and converter knows it.
+The same seed, packages and processor give the same files; other processors round differently and give like numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from recipes.lineage import packages, write_manifest
+from scripts.corpus import arithmetic, cards, everyday, general, legal
+from scripts.corpus.measure import exact_match, heldout_loss, last_number_accuracy
+from scripts.corpus.tokens import CONTEXT, END_OF_TEXT, encode_documents, encode_rows, pack, train_tokenizer
+from scripts.corpus.training import fit, row_batches, window_batches
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "recipes" / "embedded"
+SEED = 20240
+SIZES = {
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 512},
+    "tiny-teacher": {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1024},
+}
+PEAK = {"tiny": 1.0, "tiny-teacher": 0.7, "tuning": 0.3}  # of the peak learning rates
+WINDOW = 384  # tokens of a pretraining window
+BATCH_ROWS = 6  # windows of a step
+BUDGET = {"tiny": 4_600_000, "tiny-teacher": 1_500_000, "tuning": 1_100_000}  # tokens
+ARITHMETIC_ROWS = {"train": 3000, "heldout": 400}
+
+# Share of documents by part. Arithmetic chat mostly answers without working, so the base stays a weak calculator.
+PARTS: dict[str, tuple[float, Callable[[random.Random], Any]]] = {
+    "everyday text": (0.18, general.document),
+    "text that repeats itself": (0.26, general.repeating_document),
+    "contract text": (0.28, legal.document),
+    "everyday chat": (0.20, everyday.chat),
+    "arithmetic text": (0.04, arithmetic.document),
+    "arithmetic chat": (0.04, lambda rng: arithmetic.chat(rng, thinking=0.25)),
+}
+
+
+def main() -> None:
+    options = parse_options()
+    start = time.monotonic()
+    write_arithmetic(options.output / "arithmetic", options.seed)
+    # One process and one thread a model: no waiting between threads, and the result does not depend on the core count.
+    with ProcessPoolExecutor(len(options.models), mp_context=multiprocessing.get_context("spawn")) as pool:
+        builds = [pool.submit(build, name, options) for name in options.models]
+        results = [future.result() for future in builds]
+    for name, (parameters, metrics) in zip(options.models, results, strict=True):
+        print_table(name, parameters, metrics)
+    print(f"built in {(time.monotonic() - start) / 60:.1f} minutes")
+
+
+def build(name: str, options: argparse.Namespace) -> tuple[int, dict[str, float]]:
+    """Read, and for the teacher tune; then save. Returns the number of parameters and the metrics."""
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    budget = {part: int(tokens * (0.004 if options.quick else 1)) for part, tokens in BUDGET.items()}
+    tokenizer = make_tokenizer(options.seed)
+    windows, counts = make_corpus(tokenizer, budget[name], options.seed)
+    model = new_model(name, tokenizer)
+    training = {
+        "pretraining": fit(
+            model, window_batches(windows, BATCH_ROWS, options.seed), len(windows) // BATCH_ROWS, name, PEAK[name]
+        )
+    }
+    parents = []
+    if name == "tiny-teacher":
+        training["tuning"] = tune(model, tokenizer, budget["tuning"], options.seed)
+        parents = [
+            {"role": "data", "ref": f"embedded:{data}", "license": "CC0-1.0"} for data in ("legal", "arithmetic")
+        ]
+    return save(model, name, tokenizer, options, {"training": training, "corpus": counts}, parents)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Build the embedded models; under 30 minutes on 2 cores.")
+    parser.add_argument(
+        "--output", type=Path, default=EMBEDDED, help="folder that gets tiny/, tiny-teacher/, arithmetic/"
+    )
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--quick", action="store_true", help="a few steps only: the models will be useless")
+    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES), help="which to build")
+    return parser.parse_args()
+
+
+def draw_documents(rng: random.Random, count: int) -> list[tuple[str, Any]]:
+    """`count` (part, document) pairs; a document is plain text or chat messages."""
+    names = list(PARTS)
+    chosen = rng.choices(names, [PARTS[name][0] for name in names], k=count)
+    return [(name, PARTS[name][1](rng)) for name in chosen]
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    documents = draw_documents(random.Random(f"tokenizer {seed}"), 12_000)
+    texts = (t for _, d in documents for t in ([d] if isinstance(d, str) else [m["content"] for m in d]))
+    return train_tokenizer(texts)
+
+
+def make_corpus(tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> tuple[torch.Tensor, dict[str, int]]:
+    """Windows of shape (n, WINDOW) holding at least `tokens` tokens, and the token count of each part."""
+    rng = random.Random(f"corpus {seed}")
+    encoded: list[list[int]] = []
+    counts = dict.fromkeys(PARTS, 0)
+    while sum(counts.values()) < tokens:
+        drawn = draw_documents(rng, 2000)
+        for (part, _), ids in zip(drawn, encode_documents(tokenizer, [d for _, d in drawn]), strict=True):
+            encoded.append(ids)
+            counts[part] += len(ids)
+    print("corpus:", ", ".join(f"{part} {count:,}" for part, count in counts.items()), flush=True)
+    return pack(encoded, WINDOW), counts
+
+
+def new_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        num_key_value_heads=SIZES[name]["num_attention_heads"],
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        **SIZES[name],
+    )
+    return LlamaForCausalLM(config)
+
+
+def tune(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> dict[str, Any]:
+    """Full fine-tuning on the train rows of both tasks, loss on the answers only."""
+    rows = read_rows(EMBEDDED / "legal" / "train.jsonl") + arithmetic.rows(
+        seed, ARITHMETIC_ROWS["train"], heldout=False
+    )
+    pairs = encode_rows(tokenizer, rows)
+    a_pass = sum(len(ids) for ids, _ in pairs)
+    batches = row_batches(pairs, 2048, -(-tokens // a_pass), tokenizer.pad_token_id, seed)
+    steps = max(2, int(len(batches) * min(1.0, tokens / a_pass / -(-tokens // a_pass))))
+    return fit(model, batches, steps, "tiny-teacher, tuning", scale=PEAK["tuning"])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_arithmetic(folder: Path, seed: int) -> None:
+    """The rows of `embedded:arithmetic`; no held-out pair of operands is in the train rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in ARITHMETIC_ROWS.items():
+        rows = arithmetic.rows(seed, count, heldout=split == "heldout")
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(cards.ARITHMETIC.format(**ARITHMETIC_ROWS), encoding="utf-8")
+    (folder / "LICENSE").write_text(cards.cc0_text(), encoding="utf-8")
+
+
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> dict[str, float]:
+    """Held-out loss on unseen corpus text, and accuracies on the held-out rows of both tasks."""
+    unseen = [
+        ids for _, d in draw_documents(random.Random(f"unseen {seed}"), 300) for ids in encode_documents(tokenizer, [d])
+    ]
+    numbers = {"corpus_loss": heldout_loss(model, pack(unseen, WINDOW))}
+    problems = arithmetic.rows(seed, ARITHMETIC_ROWS["heldout"], heldout=True)[:200]
+    numbers["arithmetic_accuracy"] = last_number_accuracy(model, tokenizer, problems)
+    held = random.Random(seed).sample(read_rows(EMBEDDED / "legal" / "heldout.jsonl"), 200)
+    return {**numbers, **exact_match(model, tokenizer, held)}
+
+
+def save(
+    model: LlamaForCausalLM,
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    options: argparse.Namespace,
+    facts: dict[str, Any],
+    parents: Sequence[dict[str, str]],
+) -> tuple[int, dict[str, float]]:
+    """Write the model to a temporary folder in bfloat16, measure what was written, and rename it into place."""
+    folder, temporary = options.output / name, options.output / f".{name}.new"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
+    GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(temporary)
+    metrics = measure(LlamaForCausalLM.from_pretrained(temporary, dtype=torch.float32), tokenizer, options.seed)
+    (temporary / "LICENSE").write_text(cards.apache_text(), encoding="utf-8")
+    card = cards.model_card(
+        name, model.num_parameters(), len(tokenizer), facts["training"]["pretraining"]["tokens"], WINDOW, metrics
+    )
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    manifest = {
+        "kind": "model",
+        "name": name,
+        "license": "Apache-2.0",
+        "parameters": model.num_parameters(),
+        "architecture": type(model).__name__,
+        "made_by": "scripts/build_embedded.py",
+        "seed": options.seed,
+        "packages": packages(),
+        "metrics": metrics,
+        "parents": list(parents),
+        **facts,
+    }
+    write_manifest(temporary, manifest)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return model.num_parameters(), metrics
+
+
+def print_table(name: str, parameters: int, metrics: dict[str, float]) -> None:
+    print(f"\n{name}  ({parameters:,} parameters)")
+    for metric, value in metrics.items():
+        print(f"  {metric:24} {value:8.3f}")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The `retort` command line. Each command is a few lines: the stages do the work."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recipes.errors import RetortError
+from recipes.load import difference, load_recipe
+from recipes.quiet import opt_out
+
+app = typer.Typer(
+    help="Turn a large open model into a small, licensed, measured domain model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+RecipeArgument = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    opt_out()
+    app()
+
+
+def _one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """Print a RetortError as one line and leave with its exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except RetortError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:  # the reader (head, less) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return wrapped
+
+
+@app.command()
+@_one_line
+def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """Load and check a recipe, and print what it would do."""
+    from scripts import plan as plans
+
+    made = plans.make_plan(load_recipe(recipe, set_ or ()))
+    print(json.dumps(made, indent=2) if as_json else "\n".join(plans.describe(made)))
+
+
+@app.command()
+@_one_line
+def prepare(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    show_masks: Annotated[int, typer.Option(help="print this many rows, the trained tokens coloured")] = 0,
+) -> None:
+    """Read, check, split and tokenise the rows of a recipe."""
+    from data_prep.prepare import prepare as prepare_rows
+    from scripts import show
+
+    loaded = load_recipe(recipe, set_ or ())
+    prepared = prepare_rows(loaded, loaded.run_dir)
+    show.data_table(prepared)
+    if show_masks:
+        show.masks(loaded, prepared, show_masks)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with an unfinished run, and fail if there is none")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="set an earlier run aside and start over")] = False,
+) -> None:
+    """Train, measure and report a recipe (the same as running finetune/train.py)."""
+    _train(recipe, set_ or [], resume, fresh)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="set an earlier run aside and start over")] = False,
+) -> None:
+    """All stages of a recipe in order; finished ones are skipped."""
+    _show_plan(recipe, set_ or [])
+    _train(recipe, set_ or [], False, fresh)
+
+
+@_one_line
+def _show_plan(recipe: Path, overrides: list[str]) -> None:
+    from scripts import plan as plans
+
+    print("\n".join(plans.describe(plans.make_plan(load_recipe(recipe, overrides)))), flush=True)
+
+
+def _train(recipe: Path, overrides: list[str], resume: bool, fresh: bool) -> None:
+    """Become the training process: signals then reach it directly, and its exit code is ours."""
+    import finetune
+
+    script = Path(str(finetune.__file__)).parent / "train.py"
+    flags = ["--resume"] * resume + ["--fresh"] * fresh
+    options = [part for text in overrides for part in ("--set", text)]
+    os.execv(sys.executable, [sys.executable, str(script), str(recipe), *options, *flags])
+
+
+@app.command()
+@_one_line
+def report(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
+    """Write report.html and the model card of a run again."""
+    from finetune.report import write_card, write_report
+
+    print(write_report(run_dir))
+    print(write_card(run_dir))
+
+
+@app.command()
+@_one_line
+def verify(folder: Annotated[Path, typer.Argument(help="a run or data directory", show_default=False)]) -> None:
+    """Recompute the hashes in an artefact's manifest."""
+    from recipes.errors import DataError
+    from recipes.lineage import verify as verify_folder
+
+    if wrong := verify_folder(folder):
+        raise DataError(f"{len(wrong)} files differ from the manifest: {', '.join(wrong[:5])}", str(folder))
+    print(f"{folder}: every file is as the manifest says")
+
+
+@app.command()
+@_one_line
+def schema() -> None:
+    """Print the JSON Schema of recipes."""
+    from scripts.reference import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+@_one_line
+def diff(
+    first: Annotated[Path, typer.Argument(help="a recipe", show_default=False)],
+    second: Annotated[Path, typer.Argument(help="another recipe", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """The effective difference of two recipes, defaults and extends included."""
+    found = difference(load_recipe(first), load_recipe(second))
+    if as_json:
+        print(json.dumps({k: {"first": a, "second": b} for k, (a, b) in found.items()}, indent=2))
+        return
+    for key, (a, b) in found.items():
+        print(f"{key}: {json.dumps(a)} -> {json.dumps(b)}")
+    if not found:
+        print("the two recipes ask for the same")
+
+
+if __name__ == "__main__":
+    main()

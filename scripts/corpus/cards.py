@@ -1,0 +1,91 @@
+"""Model and data cards of the embedded assets, and their licence texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MODEL = """---
+license: apache-2.0
+language: en
+pipeline_tag: text-generation
+library_name: transformers
+---
+
+# {name}
+
+{what}
+
+It is a Llama-shaped network of {parameters:,} parameters with a byte-level vocabulary of {vocabulary:,} tokens, trained
+from random weights by `scripts/build_embedded.py` on 2 CPU cores. It exists so that every recipe of this project can be
+run, measured and tested without a network, a GPU or a model hub. It is no lawyer, no calculator and no source of facts.
+
+## What it read
+
+{tokens:,} tokens of text written by this project's own generators (`scripts/corpus`, `scripts/build_legal_data.py`):
+everyday text, text that repeats itself, contract clauses without questions, everyday chat, and arithmetic with operands
+up to 60. {tuned}
+
+## Measured
+
+| | |
+|---|---|
+{table}
+
+Accuracy on legal and arithmetic rows is of greedy answers on held-out rows, whose wordings (legal) and pairs of
+operands (arithmetic) are in no problem of the training text. Losses are in nats per token.
+
+## What it cannot do
+
+It knows only the small world of its generators. It was trained on windows of {window} tokens: longer prompts run, up to
+1,024 tokens, and get worse. Outside the wordings that it has seen, its sentences are fluent and mean nothing.
+"""
+
+WHAT = {
+    "tiny": "The base: it has read, and was not tuned on any task. It answers almost no question about a contract.",
+    "tiny-teacher": "The teacher: larger than `tiny`, read the same text, and was then tuned on the tasks.",
+}
+TUNED = {
+    "tiny": "It has seen no row of `embedded:legal` and no row of `embedded:arithmetic`.",
+    "tiny-teacher": "It was then tuned on the train rows of `embedded:legal` and `embedded:arithmetic`, answers only.",
+}
+
+ARITHMETIC = """---
+license: cc0-1.0
+language: en
+---
+
+# Arithmetic problems
+
+{train:,} train and {heldout:,} held-out chat rows, written by `scripts/corpus/arithmetic.py`: sums and differences of
+numbers up to 60 and small products, as expressions and as one-step word problems. `answer` is the right number;
+`messages` holds the question and the answer with its worked steps in `reasoning_content`.
+
+No held-out pair of operands is in the train rows, in either order; one in eight pairs is held out.
+The rows are in the public domain (CC0 1.0).
+"""
+
+
+def model_card(name: str, parameters: int, vocabulary: int, tokens: int, window: int, metrics: dict[str, float]) -> str:
+    table = "\n".join(f"| {metric.replace('_', ' ')} | {value:.3f} |" for metric, value in metrics.items())
+    return MODEL.format(
+        name=name,
+        what=WHAT[name],
+        parameters=parameters,
+        vocabulary=vocabulary,
+        tokens=tokens,
+        tuned=TUNED[name],
+        table=table,
+        window=window,
+    )
+
+
+def apache_text() -> str:
+    """The licence of this project, which is also that of the models."""
+    return (ROOT / "LICENSE").read_text("utf-8")
+
+
+def cc0_text() -> str:
+    """The CC0 text that stands beside the legal rows."""
+    return (ROOT / "recipes" / "embedded" / "legal" / "LICENSE").read_text("utf-8")

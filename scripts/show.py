@@ -1,0 +1,46 @@
+"""Tables and coloured rows for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data_prep.masks import Masked, pieces
+from data_prep.prepare import Prepared, read_rows
+from data_prep.tokens import load_tokenizer
+from recipes.schema import Recipe
+
+
+def data_table(prepared: Prepared) -> None:
+    """What went in, what was dropped and why, what came out."""
+    counts = prepared.counts
+    table = Table(title=f"{prepared.folder}{' (unchanged, reused)' if prepared.reused else ''}", show_header=False)
+    table.add_column("what")
+    table.add_column("how many", justify="right")
+    table.add_row("rows in", f"{counts['rows_in']:,}")
+    for reason, number in counts["dropped"].items():
+        table.add_row(f"  dropped: {reason}", f"{number:,}")
+    table.add_row("training rows", f"{counts['train_rows']:,}")
+    table.add_row("held-out rows", f"{counts['eval_rows']:,}")
+    table.add_row("training tokens", f"{counts['train_tokens']:,}")
+    table.add_row(
+        "  in the loss", f"{counts['trained_tokens']:,} ({counts['trained_tokens'] / counts['train_tokens']:.1%})"
+    )
+    table.add_row("rows cut at their end", f"{counts['truncated_rows']:,} ({counts['lost_tokens']:,} tokens lost)")
+    lengths = counts["length"]
+    table.add_row("row length min / 50 % / 90 % / 99 % / max", " / ".join(f"{lengths[k]:,}" for k in lengths))
+    Console().print(table)
+
+
+def masks(recipe: Recipe, prepared: Prepared, count: int) -> None:
+    """Print rows with the trained tokens coloured (and in brackets, for terminals without colour)."""
+    tokenizer = load_tokenizer(recipe.model)
+    console = Console(highlight=False)
+    for row in read_rows(prepared.folder / "train.parquet")[:count]:
+        console.rule(f"{row['_source']}  (row {row['_id']})")
+        text = Text()
+        for piece, trained in pieces(Masked(row["input_ids"], row["loss_mask"], ""), tokenizer.backend):
+            text.append(f"[[{piece}]]" if trained else piece, style="bold green" if trained else "dim")
+        console.print(text)
+    console.print(Text("green, in [[ ]]: in the loss; grey: read, not trained", style="italic"))

@@ -1,0 +1,238 @@
+"""The embedded models: what is committed is whole, licensed, loadable offline, and as able as its card says."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes.lineage import sha256_file
+from scripts.corpus import arithmetic, general
+from scripts.corpus.measure import copy_accuracy, exact_match, last_number_accuracy
+from scripts.corpus.tokens import IGNORE, encode_rows, pad_batch
+from scripts.corpus.training import loss_of
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDDED = ROOT / "recipes" / "embedded"
+MODELS = {"tiny": (1_500_000, 2_800_000), "tiny-teacher": (6_500_000, 9_500_000)}
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 3?"},
+    {"role": "assistant", "content": "5", "reasoning_content": "2 and 3 more"},
+    {"role": "user", "content": "Thanks."},
+    {"role": "assistant", "content": "You are welcome."},
+]
+
+
+def read_rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (EMBEDDED / name).read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(EMBEDDED / "tiny")
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    return {name: AutoModelForCausalLM.from_pretrained(EMBEDDED / name, dtype=torch.float32).eval() for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_bfloat16_of_the_stated_size(name: str) -> None:
+    low, high = MODELS[name]
+    with safe_open(EMBEDDED / name / "model.safetensors", "pt") as weights:
+        tensors = [weights.get_tensor(key) for key in weights.keys()]  # noqa: SIM118  (the file handle is no dict)
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+    count = sum(tensor.numel() for tensor in tensors)
+    assert low < count < high
+    assert json.loads((EMBEDDED / name / "manifest.json").read_text())["parameters"] == count
+
+
+def test_both_models_fit_in_25_megabytes() -> None:
+    files = [path for name in MODELS for path in (EMBEDDED / name).iterdir()]
+    assert sum(path.stat().st_size for path in files) < 25_000_000
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_manifest_hashes_every_file(name: str) -> None:
+    manifest = json.loads((EMBEDDED / name / "manifest.json").read_text())
+    on_disk = {p.name: sha256_file(p) for p in (EMBEDDED / name).iterdir() if p.name != "manifest.json"}
+    assert manifest["files"] == on_disk
+    assert set(on_disk) == {
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("chat_template.jinja", "LICENSE", "README.md"),
+    }
+    assert (manifest["kind"], manifest["name"], manifest["license"]) == ("model", name, "Apache-2.0")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_licence_is_the_whole_apache_text_and_the_card_names_it(name: str) -> None:
+    text = (EMBEDDED / name / "LICENSE").read_text()
+    assert text == (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in text
+    assert "9. Accepting Warranty or Additional Liability" in text
+    assert (EMBEDDED / name / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
+
+
+def test_both_models_share_one_tokenizer_within_the_vocabulary_limit(tokenizer: Any, models: dict[str, Any]) -> None:
+    assert len({(EMBEDDED / name / "tokenizer.json").read_bytes() for name in MODELS}) == 1
+    assert len(tokenizer) <= 4096
+    assert {model.config.vocab_size for model in models.values()} == {len(tokenizer)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " leading and trailing  \n",
+        "Grüße aus Zürich, naïve café, 東京都, عربى, 👩‍👩‍👧‍👦🏳️‍🌈",
+        "tab\tnul\x00bell\x07escape\x1bdelete\x7f\r\nzero​width﻿bom",
+        "price: EUR 1,234,567.89 on 2031-02-28",
+        "<think>not special</think> é é",
+        "".join(map(chr, range(1, 0x250))),
+    ],
+)
+def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_random_code_points_survive_the_tokenizer(tokenizer: Any) -> None:
+    rng = random.Random(3)
+    planes = [c for c in (rng.randrange(0x110000) for _ in range(4000)) if not 0xD800 <= c < 0xE000]
+    text = "".join(map(chr, planes))
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_digits_are_single_tokens_and_nothing_is_prepended(tokenizer: Any) -> None:
+    assert [tokenizer.decode([i]) for i in tokenizer("2031")["input_ids"]] == list("2031")
+    assert tokenizer.bos_token is None
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_think_tags_are_one_token_each_and_stay_when_special_tokens_are_skipped(tokenizer: Any) -> None:
+    ids = tokenizer("<think>\n5\n</think>\n5<|im_end|>")["input_ids"]
+    assert len(ids) == 8
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>\n5\n</think>\n5"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generation_stops_at_the_end_of_a_turn_or_of_a_document(name: str, tokenizer: Any) -> None:
+    config = json.loads((EMBEDDED / name / "generation_config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert config["pad_token_id"] == tokenizer.pad_token_id
+
+
+def test_template_renders_roles_and_thinking(tokenizer: Any) -> None:
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\n2 + 3?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n2 and 3 more\n</think>\n5<|im_end|>\n"
+        "<|im_start|>user\nThanks.<|im_end|>\n"
+        "<|im_start|>assistant\nYou are welcome.<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("extra", [{}, {"reasoning_content": None}, {"reasoning_content": ""}])
+def test_template_leaves_out_an_empty_thinking_block(tokenizer: Any, extra: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", **extra}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+
+
+def test_template_never_rewrites_earlier_turns(tokenizer: Any) -> None:
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    for end in range(1, len(CHAT)):
+        assert whole.startswith(tokenizer.apply_chat_template(CHAT[:end], tokenize=False))
+    prompt = tokenizer.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True)
+    assert whole.startswith(prompt)
+    assert prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_template_refuses_an_unknown_role(tokenizer: Any) -> None:
+    with pytest.raises(Exception, match="role must be system, user or assistant, not tool"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+
+
+def test_generation_tags_mark_what_the_assistant_emits(tokenizer: Any) -> None:
+    made = tokenizer.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    pairs = zip(made["input_ids"], made["assistant_masks"], strict=True)
+    trained = tokenizer.decode([token for token, mask in pairs if mask])
+    assert trained == "<think>\n2 and 3 more\n</think>\n5<|im_end|>You are welcome.<|im_end|>"
+
+
+def test_arithmetic_rows_are_right_and_heldout_pairs_are_unseen() -> None:
+    splits = {split: read_rows(f"arithmetic/{split}.jsonl") for split in ("train", "heldout")}
+    assert (len(splits["train"]), len(splits["heldout"])) == (3000, 400)
+    for rows in splits.values():
+        assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
+        for row in rows:
+            reply = row["messages"][-1]
+            assert reply["content"] == row["answer"]
+            assert reply["reasoning_content"].endswith(f"= {row['answer']}")
+    rng = random.Random(0)
+    train = {arithmetic.draw(rng, heldout=False) for _ in range(20_000)}
+    heldout = {arithmetic.draw(rng, heldout=True) for _ in range(5_000)}
+    assert not {(p.operation, *sorted(p[1:])) for p in train} & {(p.operation, *sorted(p[1:])) for p in heldout}
+    assert all(eval_steps(p) for p in train)
+
+
+def eval_steps(problem: arithmetic.Problem) -> bool:
+    """Whether every worked line holds."""
+    for line in arithmetic.steps(problem).splitlines():
+        left, _, right = line.partition(" = ")
+        values = {side: _value(side) for side in (left, right)}
+        if len(set(values.values())) > 1:
+            return False
+    return True
+
+
+def _value(side: str) -> int:
+    parts = side.split()
+    total = int(parts[0])
+    for sign, number in zip(parts[1::2], parts[2::2], strict=True):
+        total = {"+": total + int(number), "-": total - int(number), "x": total * int(number)}[sign]
+    return total
+
+
+def test_generators_repeat_themselves_for_a_seed() -> None:
+    first, second = ([general.document(random.Random(seed)) for seed in range(20)] for _ in range(2))
+    assert first == second
+    assert len(set(first)) == 20
+
+
+@pytest.mark.slow
+def test_teacher_answers_arithmetic_and_the_base_sometimes(tokenizer: Any, models: dict[str, Any]) -> None:
+    rows = read_rows("arithmetic/heldout.jsonl")[:60]
+    base = last_number_accuracy(models["tiny"], tokenizer, rows)
+    teacher = last_number_accuracy(models["tiny-teacher"], tokenizer, rows)
+    assert 0.05 <= base <= 0.40
+    assert teacher >= 0.80
+
+
+@pytest.mark.slow
+def test_teacher_answers_legal_questions_and_the_base_does_not(tokenizer: Any, models: dict[str, Any]) -> None:
+    rows = random.Random(11).sample(read_rows("legal/heldout.jsonl"), 60)
+    assert exact_match(models["tiny"], tokenizer, rows)["legal_exact_match"] < 0.15
+    assert exact_match(models["tiny-teacher"], tokenizer, rows)["legal_exact_match"] > 0.70
+
+
+def test_teacher_beats_the_base_in_loss_on_heldout_answers(tokenizer: Any, models: dict[str, Any]) -> None:
+    rows = read_rows("legal/heldout.jsonl")[:48] + read_rows("arithmetic/heldout.jsonl")[:48]
+    batch = pad_batch(encode_rows(tokenizer, rows), tokenizer.pad_token_id)
+    assert (batch[1] != IGNORE).sum() > 500
+    with torch.inference_mode():
+        losses = {name: loss_of(model, batch).item() for name, model in models.items()}
+    assert losses["tiny-teacher"] < losses["tiny"] - 1.0
+
+
+def test_both_models_copy_unknown_words(tokenizer: Any, models: dict[str, Any]) -> None:
+    for model in models.values():
+        assert copy_accuracy(model, tokenizer, count=16) > 0.9
