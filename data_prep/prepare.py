@@ -30,6 +30,7 @@ class Prepared:
     folder: Path
     manifest: dict[str, Any]
     reused: bool
+    tokenizer: Tokenizer
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def data_dir(run_dir: Path) -> Path:
     return run_dir / "data"
 
 
-def prepare(recipe: Recipe, run_dir: Path, tokenizer: Tokenizer | None = None) -> Prepared:
+def prepare(recipe: Recipe, run_dir: Path) -> Prepared:
     """Prepare the rows of a recipe in `run_dir/data`, or reuse them when nothing that decides them has changed.
 
     Raises:
@@ -72,12 +73,12 @@ def prepare(recipe: Recipe, run_dir: Path, tokenizer: Tokenizer | None = None) -
     manifest = read_manifest(folder)
     # A fresh preparation reads the rows before the tokenizer: a bad row is found before anything slow is imported.
     sources = _read_all(recipe) if manifest is None else None
-    tokenizer = tokenizer or load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     key = fingerprint(recipe, inputs, tokenizer)
     if manifest is not None and manifest.get("fingerprint") == key:
         if wrong := verify(folder):
             raise DataError(f"was changed after it was prepared: {', '.join(wrong)}", str(folder), "delete the folder")
-        return Prepared(folder, manifest, reused=True)
+        return Prepared(folder, manifest, reused=True, tokenizer=tokenizer)
     sieve, train, held_out = sources or _read_all(recipe)
     rows = _select(recipe, sieve, train, held_out)
     masked = {name: _mask_all(recipe, part, tokenizer, sieve) for name, part in rows.items()}
@@ -90,7 +91,7 @@ def prepare(recipe: Recipe, run_dir: Path, tokenizer: Tokenizer | None = None) -
         content = _write(recipe, folder, masked, sieve, inputs, key, tokenizer)
     except OSError as error:
         raise cannot_write(folder, error) from None
-    return Prepared(folder, content, reused=False)
+    return Prepared(folder, content, reused=False, tokenizer=tokenizer)
 
 
 def source_inputs(recipe: Recipe) -> list[dict[str, Any]]:
@@ -220,9 +221,13 @@ def mask_row(recipe: Recipe, row: Row, tokenizer: Tokenizer) -> Masked:
             return mask_text(row.text, tokenizer.backend)
         tools = list(row.tools) if row.tools else None
         kwargs = dict(recipe.model.template_kwargs)
-        return mask_chat(
+        masked = mask_chat(
             list(row.messages), tokenizer.backend, tools=tools, train_on=recipe.data.train_on, template_kwargs=kwargs
         )
+        thought = row.messages[-1].get("reasoning_content")
+        if thought and thought.strip() not in masked.text:
+            raise DataError("the chat template leaves out the reasoning of the last turn", None, "drop it from the rows")
+        return masked
     except DataError as error:
         raise DataError(error.message, f"{row.source} (row {row.id})", error.remedy) from None
 

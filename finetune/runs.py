@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +68,8 @@ def open_run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> Run:
         lock = _move_aside(folder, lock, notes)
         found = None
     changed = changed_keys(found, recipe) if found is not None else {}
+    if changed and not finished and not _has_trained(folder):
+        found, changed = None, {}  # it failed before its first step: there is nothing to lose
     if changed and not finished:
         names = ", ".join(f"{k} ({a!r} -> {b!r})" for k, (a, b) in list(changed.items())[:4])
         raise RecipeError(
@@ -84,6 +88,18 @@ def open_run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> Run:
         write_atomic(folder / RECIPE, recipe_yaml(recipe))
         write_atomic(folder / STATE, json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")
     return Run(folder, status, _id(folder), tuple(notes), lock)
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """The main process goes first; the others wait, and then find its files."""
+    from accelerate import PartialState
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    with PartialState().main_process_first():
+        yield
 
 
 def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -116,6 +132,11 @@ def _recipe_of(folder: Path) -> Recipe | None:
         return load_recipe(path)
     except RecipeError as error:
         raise RecipeError(f"holds a run whose recipe no longer loads ({error})", str(folder), "add --fresh") from None
+
+
+def _has_trained(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return bool(list(folder.glob("checkpoints/checkpoint-*"))) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def _id(folder: Path) -> str:

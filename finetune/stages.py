@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,18 +55,6 @@ def is_main() -> bool:
 def say(text: str) -> None:
     if is_main():
         print(text, flush=True)
-
-
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """The main process goes first; the others wait, and then find its files."""
-    from accelerate import PartialState
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    with PartialState().main_process_first():
-        yield
 
 
 def show_data(prepared: Prepared) -> None:

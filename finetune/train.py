@@ -53,22 +53,23 @@ def run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> None:
 
 def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
     """Prepare, measure the base, train, measure the tuned model, report."""
-    from data_prep.prepare import prepare, read_rows, source_inputs
-    from data_prep.tokens import load_tokenizer
+    from data_prep.prepare import prepare, read_rows
     from finetune.layout import find_device
+    from finetune.runs import main_process_first
+    from recipes.refs import require_model_folder
 
     folder: Path = opened.folder
     device = find_device(recipe.train.device)
-    source_inputs(recipe)  # a missing file is found before torch is imported
+    require_model_folder(recipe.model.ref, "model.base")
+    with main_process_first():
+        prepared = prepare(recipe, folder)
+    tokenizer = prepared.tokenizer
 
-    from finetune import evals, stages, tracking
+    from finetune import evals, stages, tracking  # torch comes in here, after all that is cheap to refuse
     from finetune.trainers import check_extra
 
     check_extra(recipe)
-    tokenizer = load_tokenizer(recipe.model)
     say(*tokenizer.notes)
-    with stages.main_process_first():
-        prepared = prepare(recipe, folder, tokenizer)
     stages.show_data(prepared)
     layout = stages.write_layout(recipe, device, prepared, folder)
     rows = read_rows(prepared.folder / "train.parquet")

@@ -22,6 +22,8 @@ OTHER_NAMES = {
     "torch_dtype": "model.dtype",
     "attn_implementation": "model.attention",
     "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "rank": "adapter.r",
     "lora_alpha": "adapter.alpha",
     "lora_dropout": "adapter.dropout",
     "lora_target_modules": "adapter.targets",
@@ -228,6 +230,13 @@ def _dotted(path: KeyPath) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
 
 
+def describe(info: FieldInfo) -> str:
+    """What a field means: its own description, or that of the section it holds."""
+    if info.description:
+        return info.description
+    return next(((m.__doc__ or "").strip().splitlines()[0] for m in _models(info.annotation) if m.__doc__), "")
+
+
 def _models(annotation: Any) -> list[type[BaseModel]]:
     """The section classes inside an annotation, through unions, tuples and Annotated."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -275,7 +284,7 @@ def _suggest(path: KeyPath) -> str:
 
 def _described(path: KeyPath) -> str | None:
     info = _fields_at(path[:-1]).get(str(path[-1]))
-    return f"it is {info.description}" if info and info.description else None
+    return f"it is {describe(info)}" if info and describe(info) else None
 
 
 def _closest_value(problem: Any) -> str | None:

@@ -107,6 +107,8 @@ class _Builder:
         if len(above) > MAX_DEPTH:
             raise RecipeError("is nested too deeply", place)
         above = (*above, id(node))
+        if isinstance(node, MappingNode | SequenceNode) and not str(node.tag).endswith((":map", ":seq")):
+            raise _tag_error(node, place)
         if isinstance(node, MappingNode):
             return self._mapping(node, path, above)
         if isinstance(node, SequenceNode):
@@ -149,4 +151,8 @@ def _scalar(node: ScalarNode, place: str) -> Any:
                 return text
     except ValueError:
         raise RecipeError(f"'{text}' is no {kind}", place) from None
-    raise RecipeError(f"the tag {node.tag} is not allowed", place, "a recipe holds plain values only")
+    raise _tag_error(node, place)
+
+
+def _tag_error(node: Node, place: str) -> RecipeError:
+    return RecipeError(f"the tag {node.tag} is not allowed", place, "a recipe holds plain values only")

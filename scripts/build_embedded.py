@@ -29,7 +29,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from recipes.lineage import packages, write_manifest
 from scripts.corpus import arithmetic, cards, everyday, general, legal
-from scripts.corpus.measure import exact_match, heldout_loss, last_number_accuracy
+from scripts.corpus.measure import copy_accuracy, exact_match, heldout_loss, last_number_accuracy
 from scripts.corpus.tokens import CONTEXT, END_OF_TEXT, encode_documents, encode_rows, pack, train_tokenizer
 from scripts.corpus.training import fit, row_batches, window_batches
 
@@ -40,19 +40,19 @@ SIZES = {
     "tiny-teacher": {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1024},
 }
 PEAK = {"tiny": 1.0, "tiny-teacher": 0.7, "tuning": 0.3}  # of the peak learning rates
-WINDOW = 384  # tokens of a pretraining window
-BATCH_ROWS = 6  # windows of a step
-BUDGET = {"tiny": 4_600_000, "tiny-teacher": 1_500_000, "tuning": 1_100_000}  # tokens
+WINDOW = 256  # tokens of a pretraining window
+BATCH_ROWS = 8  # windows of a step
+BUDGET = {"tiny": 4_000_000, "tiny-teacher": 1_000_000, "tuning": 700_000}  # tokens
 ARITHMETIC_ROWS = {"train": 3000, "heldout": 400}
 
 # Share of documents by part. Arithmetic chat mostly answers without working, so the base stays a weak calculator.
 PARTS: dict[str, tuple[float, Callable[[random.Random], Any]]] = {
-    "everyday text": (0.18, general.document),
-    "text that repeats itself": (0.26, general.repeating_document),
-    "contract text": (0.28, legal.document),
-    "everyday chat": (0.20, everyday.chat),
-    "arithmetic text": (0.04, arithmetic.document),
-    "arithmetic chat": (0.04, lambda rng: arithmetic.chat(rng, thinking=0.25)),
+    "everyday text": (0.15, general.document),
+    "text that repeats itself": (0.22, general.repeating_document),
+    "contract text": (0.27, legal.document),
+    "everyday chat": (0.25, everyday.chat),
+    "arithmetic text": (0.05, arithmetic.document),
+    "arithmetic chat": (0.06, lambda rng: arithmetic.chat(rng, thinking=0.25)),
 }
 
 
@@ -146,14 +146,24 @@ def new_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
 
 def tune(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> dict[str, Any]:
     """Full fine-tuning on the train rows of both tasks, loss on the answers only."""
-    rows = read_rows(EMBEDDED / "legal" / "train.jsonl") + arithmetic.rows(
-        seed, ARITHMETIC_ROWS["train"], heldout=False
-    )
-    pairs = encode_rows(tokenizer, rows)
-    a_pass = sum(len(ids) for ids, _ in pairs)
-    batches = row_batches(pairs, 2048, -(-tokens // a_pass), tokenizer.pad_token_id, seed)
-    steps = max(2, int(len(batches) * min(1.0, tokens / a_pass / -(-tokens // a_pass))))
-    return fit(model, batches, steps, "tiny-teacher, tuning", scale=PEAK["tuning"])
+    rows = ask_together(read_rows(EMBEDDED / "legal" / "train.jsonl"), seed)
+    pairs = encode_rows(tokenizer, rows + arithmetic.rows(seed, ARITHMETIC_ROWS["train"], heldout=False))
+    epochs = max(1, round(tokens / sum(len(ids) for ids, _ in pairs)))
+    batches = row_batches(pairs, WINDOW * BATCH_ROWS, epochs, tokenizer.pad_token_id, seed)
+    steps = min(len(batches), max(2, tokens // (WINDOW * BATCH_ROWS)))
+    return fit(model, batches, steps, "tiny-teacher, tuning", PEAK["tuning"])
+
+
+def ask_together(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """One conversation a clause, its questions in random order: the clause is read once, not two or three times."""
+    random.Random(seed).shuffle(rows)
+    conversations: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        user, reply = row["messages"]
+        earlier = conversations.setdefault(row["group"], [])
+        question = user["content"].rpartition("\n\n")[2]
+        earlier += [{**user, "content": question} if earlier else user, reply]
+    return [{"messages": messages} for messages in conversations.values()]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -169,18 +179,19 @@ def write_arithmetic(folder: Path, seed: int) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(cards.ARITHMETIC.format(**ARITHMETIC_ROWS), encoding="utf-8")
-    (folder / "LICENSE").write_text(cards.cc0_text(), encoding="utf-8")
+    (folder / "LICENSE").write_text(cards.CC0, encoding="utf-8")
 
 
-def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> dict[str, float]:
-    """Held-out loss on unseen corpus text, and accuracies on the held-out rows of both tasks."""
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> dict[str, float]:
+    """Held-out loss on unseen corpus text, copying, and accuracies on `count` held-out rows of both tasks."""
     unseen = [
         ids for _, d in draw_documents(random.Random(f"unseen {seed}"), 300) for ids in encode_documents(tokenizer, [d])
     ]
     numbers = {"corpus_loss": heldout_loss(model, pack(unseen, WINDOW))}
-    problems = arithmetic.rows(seed, ARITHMETIC_ROWS["heldout"], heldout=True)[:200]
+    numbers["copy_accuracy"] = copy_accuracy(model, tokenizer)
+    problems = arithmetic.rows(seed, ARITHMETIC_ROWS["heldout"], heldout=True)[:count]
     numbers["arithmetic_accuracy"] = last_number_accuracy(model, tokenizer, problems)
-    held = random.Random(seed).sample(read_rows(EMBEDDED / "legal" / "heldout.jsonl"), 200)
+    held = random.Random(seed).sample(read_rows(EMBEDDED / "legal" / "heldout.jsonl"), count)
     return {**numbers, **exact_match(model, tokenizer, held)}
 
 
@@ -199,7 +210,12 @@ def save(
     tokenizer.save_pretrained(temporary)
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(temporary)
-    metrics = measure(LlamaForCausalLM.from_pretrained(temporary, dtype=torch.float32), tokenizer, options.seed)
+    metrics = measure(
+        LlamaForCausalLM.from_pretrained(temporary, dtype=torch.float32),
+        tokenizer,
+        options.seed,
+        8 if options.quick else 300,
+    )
     (temporary / "LICENSE").write_text(cards.apache_text(), encoding="utf-8")
     card = cards.model_card(
         name, model.num_parameters(), len(tokenizer), facts["training"]["pretraining"]["tokens"], WINDOW, metrics

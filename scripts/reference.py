@@ -1,14 +1,20 @@
-"""What the schema says, for machines (JSON Schema) and for people (docs/recipe.md)."""
+"""What the schema says, for machines (recipes/recipe.schema.json) and for people (docs/recipe.md).
+
+`python -m scripts.reference` writes both; a test compares them with the schema.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from recipes.load import all_fields
+from recipes.load import all_fields, describe
 from recipes.schema import Recipe
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "recipe.md"
+SCHEMA = ROOT / "recipes" / "recipe.schema.json"  # every shipped recipe's editor header points to it
 
 
 def json_schema() -> dict[str, Any]:
@@ -38,10 +44,11 @@ def reference_page() -> str:
         default = "" if info.is_required() else f"`{info.get_default(call_default_factory=True)!r}`"
         if info.default_factory is not None and default.startswith("`") and "=" in default:
             default = "see below"
-        text = (info.description or "").replace("|", "\\|")
+        text = describe(info).replace("|", "\\|")
         lines.append(f"| `{path}` | {default} | {text} |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
     PAGE.write_text(reference_page(), encoding="utf-8")
+    SCHEMA.write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.lineage import sha256_file
+from recipes.lineage import sha256_file, verify
 from scripts.corpus import arithmetic, general
 from scripts.corpus.measure import copy_accuracy, exact_match, last_number_accuracy
 from scripts.corpus.tokens import IGNORE, encode_rows, pad_batch
@@ -236,3 +238,17 @@ def test_teacher_beats_the_base_in_loss_on_heldout_answers(tokenizer: Any, model
 def test_both_models_copy_unknown_words(tokenizer: Any, models: dict[str, Any]) -> None:
     for model in models.values():
         assert copy_accuracy(model, tokenizer, count=16) > 0.9
+
+
+@pytest.mark.slow
+def test_quick_build_writes_whole_artefacts(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.build_embedded", "--quick", "--output", str(tmp_path), "--models", "tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "built in" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arithmetic", "tiny"]
+    assert verify(tmp_path / "tiny") == []
+    for split in ("train", "heldout"):
+        name = f"arithmetic/{split}.jsonl"
+        assert (tmp_path / name).read_bytes() == (EMBEDDED / name).read_bytes()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")

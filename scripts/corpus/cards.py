@@ -66,6 +66,17 @@ No held-out pair of operands is in the train rows, in either order; one in eight
 The rows are in the public domain (CC0 1.0).
 """
 
+CC0 = """\
+SPDX-License-Identifier: CC0-1.0
+
+The arithmetic problems in this folder were written for this project by its own generator. The authors dedicate them to
+the public domain under Creative Commons Zero, version 1.0 (CC0-1.0): they give up all copyright and related rights in
+them, everywhere in the world, as far as the law lets them. Where it does not, everybody has a free, perpetual and
+unconditional licence to use them for any purpose, without naming the source. They come as they are, with no promise.
+
+The full legal text of CC0-1.0: https://creativecommons.org/publicdomain/zero/1.0/legalcode
+"""
+
 
 def model_card(name: str, parameters: int, vocabulary: int, tokens: int, window: int, metrics: dict[str, float]) -> str:
     table = "\n".join(f"| {metric.replace('_', ' ')} | {value:.3f} |" for metric, value in metrics.items())
@@ -84,8 +95,3 @@ def model_card(name: str, parameters: int, vocabulary: int, tokens: int, window:
 def apache_text() -> str:
     """The licence of this project, which is also that of the models."""
     return (ROOT / "LICENSE").read_text("utf-8")
-
-
-def cc0_text() -> str:
-    """The CC0 text that stands beside the legal rows."""
-    return (ROOT / "recipes" / "embedded" / "legal" / "LICENSE").read_text("utf-8")
