@@ -226,7 +226,9 @@ def mask_row(recipe: Recipe, row: Row, tokenizer: Tokenizer) -> Masked:
         )
         thought = row.messages[-1].get("reasoning_content")
         if thought and thought.strip() not in masked.text:
-            raise DataError("the chat template leaves out the reasoning of the last turn", None, "drop it from the rows")
+            raise DataError(
+                "the chat template leaves out the reasoning of the last turn", None, "drop it from the rows"
+            )
         return masked
     except DataError as error:
         raise DataError(error.message, f"{row.source} (row {row.id})", error.remedy) from None

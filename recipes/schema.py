@@ -93,7 +93,7 @@ class Model(Section):
 class Adapter(Section):
     """A LoRA adapter (peft). `adapter: null` trains all weights instead."""
 
-    type: Literal["lora"] = "lora"
+    type: Literal["lora"] = Field("lora", description="the only kind of adapter so far")
     r: Count = Field(16, description="rank")
     alpha: Annotated[Float, Field(gt=0)] | None = Field(None, description="LoRA alpha; default 2 * r (update scale 2)")
     dropout: Annotated[Float, Field(ge=0, lt=1)] = Field(0.0, description="LoRA dropout")
@@ -177,7 +177,7 @@ class Data(Section):
 class SFT(Section):
     """Supervised fine-tuning."""
 
-    type: Literal["sft"] = "sft"
+    type: Literal["sft"] = Field("sft", description="the only method so far")
     on: Literal["assistant", "text"] = Field(
         "assistant",
         description="assistant: loss on the assistant's tokens; text: on every token (continued pretraining)",
@@ -198,8 +198,8 @@ class Train(Section):
     warmup: Annotated[Float, Field(ge=0, lt=1)] = Field(
         0.03, description="share of the steps with rising learning rate"
     )
-    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[Float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
+    max_grad_norm: Annotated[Float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "auto", description="auto: paged 8-bit AdamW on a GPU with nf4, plain AdamW elsewhere"
     )
@@ -208,7 +208,7 @@ class Train(Section):
         None, description="rows (packed: sequences) per device and forward; default derived"
     )
     gradient_checkpointing: Literal["auto"] | Bool = Field("auto", description="recompute activations to save memory")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: an NVIDIA card where one answers")
     eval_every: Fraction | Count | None = Field(None, description="steps, or share of the run, between held-out losses")
     save_every: Fraction | Count = Field(0.25, description="steps, or share of the run, between checkpoints")
     keep_checkpoints: Count = Field(2, description="older checkpoints are deleted")
@@ -224,7 +224,6 @@ class Train(Section):
         return self
 
 
-METRICS = ("loss", "perplexity", "exact_match", "label_accuracy", "macro_f1", "token_f1")
 Metric = Literal["loss", "perplexity", "exact_match", "label_accuracy", "macro_f1", "token_f1"]
 
 
@@ -232,7 +231,7 @@ class Eval(Section):
     """The measurement of base and tuned model on the held-out rows."""
 
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = Field(
-        ("loss", "perplexity", "exact_match", "token_f1")
+        ("loss", "perplexity", "exact_match", "token_f1"), description="what to measure"
     )
     samples: Annotated[Int, Field(ge=1)] | None = Field(
         200, description="held-out rows to measure, drawn by the seed (whole groups); null: all"
@@ -255,29 +254,31 @@ class Eval(Section):
 class Wandb(Section):
     """Weights & Biases tracking."""
 
-    project: Text
-    entity: Text | None = None
+    project: Text = Field(description="wandb project")
+    entity: Text | None = Field(None, description="wandb team or user")
     name: Text | None = Field(None, description="run name; default the recipe's name")
-    tags: tuple[Text, ...] = ()
+    tags: tuple[Text, ...] = Field((), description="wandb tags")
     mode: Literal["auto", "online", "offline"] = Field(
         "auto", description="auto: online where a key is configured, offline elsewhere; it never asks"
     )
 
 
 class Track(Section):
+    """Where the run is tracked beside its own files."""
+
     wandb: Wandb | None = None
 
 
 class Recipe(Section):
     """A whole run."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1] = Field(1, description="version of this format")
     name: Annotated[Text, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)] = Field(
         description="names the run directory: runs/<name>"
     )
-    description: str = ""
+    description: str = Field("", description="a sentence for people; shown in report and card")
     output: Text | None = Field(None, description="run directory, when not runs/<name>")
-    seed: Annotated[Int, Field(ge=0, lt=2**31)] = 42
+    seed: Annotated[Int, Field(ge=0, lt=2**31)] = Field(42, description="of splits, order, initialisation, draws")
     use: Use | None = Field(None, description="what the model is for; without it the licences are not judged")
     model: Model
     adapter: Adapter | None = Field(default_factory=Adapter, description="null: full fine-tuning")

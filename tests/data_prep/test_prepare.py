@@ -93,7 +93,7 @@ def good_lines(count: int = 30) -> list[bytes]:
 BAD_FILES: list[tuple[str, bytes, str, str]] = [
     ("input.jsonl", b"", "", "holds no rows"),
     ("input.jsonl", b"\n \n", "", "holds no rows"),
-    ("input.jsonl", b"\n".join([*good_lines()[:16], b'{"messages": [}', *good_lines()[17:]]), ":17:15", "not valid JSON"),
+    ("input.jsonl", b"\n".join([*good_lines()[:16], b'{"messages": [}']), ":17:15", "not valid JSON"),
     ("input.jsonl", good_lines()[0] + b"\n[1, 2]", ":2", "is a JSON list, not an object"),
     ("input.jsonl", good_lines()[0] + b"\n\x89PNG\r\n\x1a\n", ":2", "is not UTF-8 text"),
     ("input.jsonl", good_lines()[0][:-9], ":1:", "is not valid JSON"),
@@ -131,7 +131,7 @@ def test_the_same_rows_from_every_file_kind(make_recipe: Callable[..., Path], tm
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [{"prompt": f"Q{i}, \"x\"\nü", "completion": f"A{i}"} for i in range(5)]
+    rows = [{"prompt": f'Q{i}, "x"\nü', "completion": f"A{i}"} for i in range(5)]
     text = "".join(json.dumps(r, ensure_ascii=False) + "\r\n" for r in rows)
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
     (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(text.encode()))
