@@ -44,6 +44,7 @@ def load_base(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
     except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(f"{recipe.model.base} cannot be loaded: {reason}", "model.base") from None
+    _keep_quantised_weights(model)
     _check_vocabulary(recipe, model, tokenizer)
     model.config.use_cache = False
     return model
@@ -60,6 +61,17 @@ def _nf4(recipe: Recipe, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
     )
+
+
+def _keep_quantised_weights(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on a processor with AVX-512.
+
+    At the first evaluation it rounds their scales to bfloat16 for good and demands sizes divisible by 32: the model
+    that is trained would then not be the one that was measured (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_vocabulary(recipe: Recipe, model: Any, tokenizer: Tokenizer) -> None:

@@ -147,7 +147,7 @@ def build(
         if is_main():
             shutil.rmtree(path, ignore_errors=True)
     watch = Watch(
-        AdapterCheck(folder / "adapter.check"), Metrics(folder / "metrics.jsonl", tracker), Progress(), checkpoint
+        AdapterCheck(folder / "adapter_check"), Metrics(folder / "metrics.jsonl", tracker), Progress(), checkpoint
     )
     callbacks = [watch.metrics, watch.progress, watch.adapter, Seal(recipe.train.keep_checkpoints)]
     trainer = BUILDERS[recipe.method.type](recipe, layout, tokenizer, model, datasets, folder, callbacks)
@@ -161,7 +161,7 @@ def _keep_initial_adapter(trainer: Any, folder: Path) -> None:
     """These initialisations change the base's weights; the finished adapter is converted back against this copy."""
     if is_main():
         trainer.model.peft_config["default"].init_lora_weights = True
-        trainer.model.save_pretrained(folder / "adapter.initial")
+        trainer.model.save_pretrained(folder / "adapter_initial")
 
 
 def preflight(
@@ -215,7 +215,7 @@ def save(recipe: Recipe, trainer: Any, tokenizer: Tokenizer, folder: Path) -> No
     target = folder / ("adapter" if recipe.adapter is not None else "model")
     fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    initial = folder / "adapter.initial"
+    initial = folder / "adapter_initial"
     options = {"path_initial_model_for_weight_conversion": str(initial)} if initial.is_dir() else {}
     try:
         if options:
@@ -252,7 +252,7 @@ def finish(
     """Write the report, the model card, and last the manifest."""
     from finetune.report import write_card, write_report
 
-    for leftover in ("adapter.initial", "adapter.check"):
+    for leftover in ("adapter_initial", "adapter_check"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     base = fetch(recipe.model.ref, True)
     content = {

@@ -217,12 +217,32 @@ def rows(seed: int, split: str) -> list[dict[str, Any]]:
     ]
 
 
+def conversations(seed: int, table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same questions with one row a clause, asked one after the other in random order: the clause is read once."""
+    rng = Random(f"{seed}/conversations")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in table:
+        groups.setdefault(row["group"], []).append(row)
+    made = []
+    for group, asked in groups.items():
+        rng.shuffle(asked)
+        messages: list[dict[str, str]] = []
+        for row in asked:
+            user, answer = row["messages"]
+            question = user["content"].rpartition("\n\n")[2]
+            messages += [{**user, "content": question} if messages else user, answer]
+        kept = {name: asked[0][name] for name in ("clause_type", "wording")}
+        made.append({"messages": messages, **kept, "group": group})
+    return made
+
+
 def build(seed: int) -> dict[str, bytes]:
     """The files of the data set by name."""
     made = {split: rows(seed, split) for split in SIZES}
+    tables = {**made, "conversations": conversations(seed, made["train"])}
     files = {
         f"{split}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
-        for split, table in made.items()
+        for split, table in tables.items()
     }
     readme = (CONTENT / "README.md.in").read_text(encoding="utf-8")
     files["README.md"] = readme.replace("@SEED@", str(seed)).replace("@COUNTS@", _counts_table(made))

@@ -1,0 +1,93 @@
+"""The batch layout: what the user asked for is kept, what does not fit is refused, all by hand-computed numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_cli
+
+from finetune.layout import Device, ModelFacts, model_facts, plan_layout
+from recipes.errors import MemoryFitError, RecipeError
+from recipes.schema import Recipe
+
+CARD = Device("cuda", 24 * 2**30, "a 24 GB card")
+CPU = Device("cpu", 24 * 2**30, "2 processor cores")
+EIGHT_B = ModelFacts(parameters=8_190_735_360, layers=36, hidden=4096, intermediate=12288, vocabulary=151_936)
+TINY = ModelFacts(parameters=2_000_000, layers=4, hidden=192, intermediate=512, vocabulary=4096)
+
+
+def recipe(**sections: Any) -> Recipe:
+    return Recipe.model_validate(
+        {"name": "x", "model": {"base": "a/b"}, "data": {"train": [{"path": "x.jsonl"}]}, **sections}
+    )
+
+
+def test_tokens_per_step_become_rows() -> None:
+    asked = recipe(train={"tokens_per_step": 16_000, "seq_len": 512, "epochs": 2})
+    layout = plan_layout(asked, CPU, TINY, rows=1000, mean_tokens=100.0, longest=400, world_size=1)
+    # 160 rows a step; at most 8192 // 400 = 20 of the longest in one forward -> 8 forwards of 20.
+    assert (layout.micro_batch, layout.gradient_accumulation, layout.rows_per_step) == (20, 8, 160)
+    # 1000 rows are 50 forwards, 50 / 8 -> 7 steps an epoch.
+    assert (layout.steps, layout.tokens_per_step, layout.dtype) == (14, 16_000, "float32")
+    assert not layout.gradient_checkpointing
+
+
+def test_the_step_stays_the_same_on_more_devices() -> None:
+    asked = recipe(train={"tokens_per_step": 16_000, "seq_len": 512})
+    one, two = (plan_layout(asked, CPU, TINY, 1000, 100.0, 400, world) for world in (1, 2))
+    assert one.rows_per_step == two.rows_per_step == 160
+    assert two.micro_batch * two.gradient_accumulation == 80
+
+
+def test_packing_counts_sequences() -> None:
+    asked = recipe(train={"tokens_per_step": 8192, "seq_len": 1024, "packing": True})
+    layout = plan_layout(asked, CPU, TINY, rows=1000, mean_tokens=100.0, longest=400, world_size=1)
+    assert layout.rows_per_step == 8 and layout.tokens_per_step == 8192
+    assert layout.steps == 13  # 100,000 tokens at 97 % full are 101 packs of 1024
+
+
+def test_pinned_values_win() -> None:
+    asked = recipe(train={"tokens_per_step": 16_000, "micro_batch": 8, "max_steps": 5, "gradient_checkpointing": True})
+    layout = plan_layout(asked, CPU, TINY, 1000, 100.0, 400, 1)
+    assert (layout.micro_batch, layout.gradient_accumulation, layout.steps) == (8, 20, 5)
+    assert layout.gradient_checkpointing
+    small = plan_layout(asked, CPU, TINY, rows=10, mean_tokens=100.0, longest=400, world_size=1)
+    assert small.rows_per_step <= 16, "a step never asks for more rows than there are"
+
+
+def test_an_8b_model_fits_a_card_quantised() -> None:
+    train = {"tokens_per_step": 65_536, "seq_len": 4096}
+    middle = Device("cuda", 16 * 2**30, "a 16 GB card")
+    with pytest.raises(MemoryFitError, match=r"one row needs about 1[6-9]\.\d GiB, a 16 GB card has 16\.0; .*nf4"):
+        plan_layout(recipe(train=train), middle, EIGHT_B, 1000, 2000.0, 4096, 1)
+    asked = recipe(model={"base": "a/b", "quantization": "nf4"}, train=train)
+    layout = plan_layout(asked, CARD, EIGHT_B, 1000, 2000.0, 4096, 1)
+    assert layout.gradient_checkpointing and layout.dtype == "bfloat16"
+    assert layout.estimated_bytes is not None and layout.estimated_bytes < 24 * 2**30 * 0.85
+    assert layout.rows_per_step in range(30, 36)
+    small = Device("cuda", 6 * 2**30, "a 6 GB card")
+    with pytest.raises(MemoryFitError, match=r"shorten train\.seq_len"):
+        plan_layout(asked, small, EIGHT_B, 1000, 2000.0, 4096, 1)
+
+
+def test_facts_come_from_files(tiny_model: Path, tmp_path: Path) -> None:
+    facts = model_facts(tiny_model)
+    assert (facts.layers, facts.hidden, facts.intermediate) == (2, 48, 96)
+    # embeddings and head (2 V d), per layer q, o (d^2 each), k, v (d^2 / 2 each), 3 MLP matrices, 2 norms; final norm
+    assert facts.parameters == 2 * facts.vocabulary * 48 + 2 * (3 * 48 * 48 + 3 * 48 * 96 + 2 * 48) + 48
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"\x01\x02")
+    with pytest.raises(RecipeError, match="is no readable model folder"):
+        model_facts(tmp_path)
+
+
+def test_plan_command(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_recipe()
+    done = run_cli("plan", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "steps    6 of" in done.stdout and "64 rows" in done.stdout and "not judged" in done.stdout
+    wrong = run_cli("plan", str(path), "--set", f"model.base={tmp_path}/none", cwd=tmp_path)
+    assert wrong.returncode == 2 and "does not exist" in wrong.stderr and "Traceback" not in wrong.stderr
