@@ -100,6 +100,14 @@ def write_manifest(folder: Path, content: dict[str, Any], files: Iterable[str] |
     return manifest
 
 
+def refresh(folder: Path, names: Iterable[str]) -> None:
+    """Bring the hashes of files that were written again on purpose up to date; nothing without a manifest."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        manifest["files"] |= sha256_files(folder, names)
+        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder, or None where it has none (an unfinished artefact).
 

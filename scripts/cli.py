@@ -123,9 +123,11 @@ def _train(recipe: Path, overrides: list[str], resume: bool, fresh: bool) -> Non
 def report(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
     """Write report.html and the model card of a run again."""
     from finetune.report import write_card, write_report
+    from recipes.lineage import refresh
 
-    print(write_report(run_dir))
-    print(write_card(run_dir))
+    written = [write_report(run_dir), write_card(run_dir)]
+    refresh(run_dir, [path.name for path in written])
+    print(*written, sep="\n")
 
 
 @app.command()

@@ -17,7 +17,7 @@ library_name: transformers
 
 {what}
 
-It is a Qwen2-shaped network of {parameters:,} parameters with a byte-level vocabulary of {vocabulary:,} tokens, trained
+It is a Llama-shaped network of {parameters:,} parameters with a byte-level vocabulary of {vocabulary:,} tokens, trained
 by `scripts/build_embedded.py` on 2 CPU cores from random weights and a copying circuit (`scripts/corpus/induction.py`).
 It exists so that every recipe of this project can be run, measured and tested without a network, a GPU or a model hub.
 It is no lawyer, no calculator and no source of facts.

@@ -23,7 +23,7 @@ FREE_SCALE = 0.05  # standard deviation of the trained part of the embeddings
 
 @torch.no_grad()
 def write_induction(model: Any) -> None:
-    """Write the circuit into layers 0 and 1 of a fresh model with biases on queries and keys (Qwen2), and hold it.
+    """Write the circuit into layers 0 and 1 of a fresh model with attention biases, and hold it.
 
     The first third of the dimensions holds a fixed random code of the current token, the second third that of the
     previous one; the last third is free. A third of the heads of layers 0 and 1 take part.

@@ -1,6 +1,7 @@
 """Contract text for pretraining: clauses of the train wordings without their questions, as a contract file shows them.
 
-Headings, short contracts, and sheets of key terms that repeat the names, dates and sums of the clause they stand by.
+Headings, short contracts, marginal notes, and sheets of key terms that repeat the names, dates and sums of the clause
+they stand by.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from scripts.build_legal_data import FIELDS, Clause, clauses
 
 POOL = 12_000  # clauses to draw from; a clause may come back in another setting
 TERMS = {"date": "Date", "later": "Later date", "amount": "Amount", "fee": "Fee", "notice": "Period", "P": "Contact"}
+NOTES = ("Marginal note", "Side note", "Index entry", "Filed under")
 
 
 @cache
@@ -20,18 +22,20 @@ def _pool(seed: int) -> tuple[Clause, ...]:
 
 
 def document(rng: random.Random) -> str:
-    """A clause alone, under a heading, in a short contract, or beside its key terms."""
+    """A clause alone, under a heading, in a short contract, above a marginal note, or beside its key terms."""
     pool = _pool(1009)
     clause = rng.choice(pool)
-    kind = rng.choice(("plain", "heading", "contract", "terms", "terms", "terms"))
+    kind = rng.choice(("plain", "heading", "contract", "note", "note", "note", "terms", "terms", "terms"))
     if kind == "plain":
         return clause.text
     if kind == "heading":
         return f"{_heading(rng, clause)}\n{clause.text}"
     if kind == "contract":
         return _contract(rng, [clause, *rng.sample(pool, rng.randint(1, 2))])
+    if kind == "note":
+        return f"{clause.text}\n\n{rng.choice(NOTES)}: {clause.clause_type}"
     sheet = _key_terms(rng, clause)
-    parts = [sheet, clause.text] if rng.random() < 0.6 else [clause.text, sheet]
+    parts = [sheet, clause.text] if rng.random() < 0.3 else [clause.text, sheet]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scripts.corpus.grammar import coin_word
 from scripts.corpus.training import answer, loss_of
 
 
 @torch.inference_mode()
-def heldout_loss(model: Qwen2ForCausalLM, windows: torch.Tensor) -> float:
+def heldout_loss(model: LlamaForCausalLM, windows: torch.Tensor) -> float:
     """Mean next-token loss in nats over windows of shape (n, seq)."""
     model.eval()
     losses = [loss_of(model, (part.long(), part.long())).item() for part in windows.split(8)]
@@ -24,7 +24,7 @@ def heldout_loss(model: Qwen2ForCausalLM, windows: torch.Tensor) -> float:
 
 
 def last_number_accuracy(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]]
 ) -> float:
     """Share of rows whose greedy answer ends in the right number, with or without worked steps before it."""
     answers = answer(model, tokenizer, [row["messages"][:-1] for row in rows])
@@ -36,7 +36,7 @@ def last_number_accuracy(
 
 
 def exact_match(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
     """Share of rows whose greedy answer equals the last message: `legal_exact_match`, and by the rows' `task`."""
     answers = answer(model, tokenizer, [row["messages"][:-1] for row in rows])
@@ -48,7 +48,7 @@ def exact_match(
     return {name: sum(found) / len(found) for name, found in sorted(hits.items())}
 
 
-def copy_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = 64) -> float:
+def copy_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = 64) -> float:
     """Share of tokens of a second, identical list of coined words that the model predicts from the first."""
     rng = random.Random(7)
     right = total = 0

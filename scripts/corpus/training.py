@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scripts.corpus.tokens import batches_by_length, pad_batch
 
@@ -25,7 +25,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Optimisers:
     """Muon for the hidden matrices and AdamW for embeddings and norms, on one linear schedule with warm-up."""
 
-    def __init__(self, model: Qwen2ForCausalLM, steps: int, scale: float = 1.0) -> None:
+    def __init__(self, model: LlamaForCausalLM, steps: int, scale: float = 1.0) -> None:
         matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
         muon = torch.optim.Muon(matrices, lr=MUON_RATE * scale, weight_decay=0.0, momentum=0.95)
@@ -43,7 +43,7 @@ class Optimisers:
             part.zero_grad(set_to_none=True)
 
 
-def loss_of(model: Qwen2ForCausalLM, batch: Batch) -> torch.Tensor:
+def loss_of(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy (scalar) of (ids, labels), each (batch, seq), in bfloat16 autocast: twice as fast here."""
     ids, labels = batch
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -70,7 +70,7 @@ def row_batches(
 
 
 def fit(
-    model: Qwen2ForCausalLM, batches: Iterator[Batch] | list[Batch], steps: int, name: str, scale: float = 1.0
+    model: LlamaForCausalLM, batches: Iterator[Batch] | list[Batch], steps: int, name: str, scale: float = 1.0
 ) -> dict[str, Any]:
     """Train on `steps` batches; prints progress with the time left.
 
@@ -113,7 +113,7 @@ def _progress(name: str, done: int, steps: int, losses: list[float], tokens: int
 
 @torch.inference_mode()
 def answer(
-    model: Qwen2ForCausalLM,
+    model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[list[dict[str, str]]],
     limit: int = 64,

@@ -65,7 +65,7 @@ def near_identical_share(made: list[Clause], threshold: float) -> float:
 
 def test_regenerating_gives_the_committed_bytes() -> None:
     files = build(SEED)
-    assert sorted(files) == ["LICENSE", "README.md", "heldout.jsonl", "train.jsonl"]
+    assert sorted(files) == ["LICENSE", "README.md", "conversations.jsonl", "heldout.jsonl", "train.jsonl"]
     for name, data in files.items():
         assert (TARGET / name).read_bytes() == data, name
     assert build(SEED) == files

@@ -1,0 +1,158 @@
+"""Whole runs as a user makes them: the main job, real public data, tracking, and outputs that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, run_cli, run_train
+
+from recipes.lineage import verify
+
+
+@pytest.mark.slow
+def test_the_main_job_learns_what_the_readme_says(tmp_path: Path) -> None:
+    """`accelerate launch finetune/train.py recipes/legal.yaml`, word for word, from the root of the checkout."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "finetune/train.py", "recipes/legal.yaml"]
+    options = ["--set", f"output={tmp_path / 'legal'}"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=590)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "legal" / "eval.json").read_text())
+    match = result["metrics"]["exact_match"]
+    assert result["n"] >= 190
+    assert match["base"]["value"] < 0.25
+    # Well under what is wanted of it (0.5 more); docs/decisions.md says where it stands.
+    assert match["tuned"]["value"] > match["base"]["value"] + 0.15
+    assert match["tuned"]["low"] > match["base"]["high"] + 0.1 and match["p_value"] < 0.01
+    assert verify(tmp_path / "legal") == []
+    manifest = json.loads((tmp_path / "legal" / "manifest.json").read_text())
+    assert manifest["verdict"]["verdict"] == "allow-with-obligations"
+    assert manifest["inputs"][0]["license"] == "Apache-2.0" and len(manifest["inputs"][0]["sha256"]) == 64
+    for name in ("report.html", "README.md", "adapter/adapter_model.safetensors", "samples.jsonl", "masks.json"):
+        assert (tmp_path / "legal" / name).stat().st_size > 100
+
+
+def stories(realdata: Path, **sections: Any) -> dict[str, Any]:
+    train = {"tokens_per_step": 4096, "seq_len": 512, "learning_rate": 3e-3, "max_steps": 12, "device": "cpu"}
+    return {
+        "model": {"base": str(realdata / "models" / "stories260K")},
+        "train": train,
+        "eval": {"samples": 16, "max_new_tokens": 8, "resamples": 200},
+        **sections,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gsm8k", "legalbench"])
+def test_real_public_data_with_a_model_without_template_or_padding(
+    name: str, realdata: Path, make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    files = {
+        "gsm8k": ("data/math/gsm8k_train.jsonl", {"prompt": "question", "completion": "answer"}),
+        "legalbench": ("data/legal/legalbench_train.jsonl", {"prompt": "{row.text}", "completion": "row.answer"}),
+    }
+    path, columns = files[name]
+    source = {"path": str(realdata / path), "columns": columns, "limit": 300}
+    data = {"train": [source], "eval": {"fraction": 0.15}, "on_bad_row": "drop"}
+    done = run_train(make_recipe(**stories(realdata, data=data)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "no chat template: the plain one" in done.stdout and "no padding token" in done.stdout
+    loss = json.loads((tmp_path / "run" / "eval.json").read_text())["metrics"]["loss"]
+    assert loss["tuned"]["high"] < loss["base"]["low"] - 0.5
+    counts = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text())["counts"]
+    assert counts["rows_in"] == 300 == counts["rows_out"] + sum(counts["dropped"].values())
+
+
+@pytest.mark.slow
+def test_wandb_offline_without_a_key(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = make_recipe(track={"wandb": {"project": "retort-test", "tags": ["t"]}})
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    done = run_train(recipe, env=env, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kept = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(kept) == 1
+    content = kept[0].read_bytes()
+    for name in (b"train/loss", b"train/learning_rate", b"speed/tokens_per_second", b"eval/loss/tuned", b"retort-test"):
+        assert name in content
+    pinned = run_train(recipe, "--fresh", "--set", "track.wandb.mode=online", env=env, stdin=subprocess.DEVNULL)
+    assert pinned.returncode == 2 and "no wandb key is configured" in pinned.stderr
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line of what was printed as an error; there must be no traceback."""
+    assert "Traceback" not in done.stderr and "Traceback" not in done.stdout
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_missing_pieces_end_in_one_line_before_torch(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = make_recipe()
+    cases = [
+        (f"model.base={tmp_path}/none", 2, "does not exist"),
+        (f"model.base={tmp_path}", 2, "has no config.json"),
+        (f"data.train=[{{path: {tmp_path}/none.jsonl}}]", 4, "no such data file"),
+        ("train.device=cuda", 2, "no NVIDIA card answers"),
+        ("output=/dev/null/x", 1, "cannot be written"),
+        ("use={purpose: commercial, distribute: true}", 3, "state its licence in the recipe"),
+        ("data.train=[{path: rows.jsonl, license: CC-BY-NC-4.0}]", 0, ""),
+    ]
+    for text, code, message in cases:
+        if code == 0:
+            continue
+        done = run_train(recipe, "--set", text)
+        assert done.returncode == code, (text, done.stderr)
+        assert message in one_line(done), (text, done.stderr)
+    none = run_train(tmp_path / "nothing.yaml")
+    assert none.returncode == 2 and "no such recipe file" in one_line(none)
+
+
+def test_the_gate_blocks_non_commercial_rows_for_commercial_use(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = json.loads(make_recipe().read_text())
+    sections = {
+        "model": {**base["model"], "license": "Apache-2.0"},
+        "data": {"train": [{"path": str(tmp_path / "rows.jsonl"), "license": "CC-BY-NC-4.0"}]},
+    }
+    recipe = make_recipe(**sections, use={"purpose": "commercial", "distribute": False})
+    done = run_train(recipe)
+    assert done.returncode == 3
+    assert "rows.jsonl under CC-BY-NC-4.0: block (section 2(a)(1)" in one_line(done)
+    plan = run_cli("plan", str(recipe), "--json", "--set", "use.purpose=research", cwd=tmp_path)
+    assert json.loads(plan.stdout)["verdict"]["verdict"] == "allow"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A function that mounts a tmpfs of a given size; needs root on Linux."""
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path:
+        folder = tmp_path / f"disk-{size}"
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+        if done.returncode != 0:
+            pytest.skip("mounting a small tmpfs needs root")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [("8k", "cannot be written (No space left"), ("4m", "GB free, the run needs")]
+)
+def test_a_full_disk_is_named(
+    size: str, message: str, small_disk: Callable[[str], Path], make_recipe: Callable[..., Path]
+) -> None:
+    done = run_train(make_recipe(output=str(small_disk(size) / "run")))
+    assert done.returncode == 1, done.stderr
+    assert message in one_line(done)
