@@ -93,11 +93,11 @@ def open_run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> Run:
 @contextmanager
 def main_process_first() -> Iterator[None]:
     """The main process goes first; the others wait, and then find its files."""
-    from accelerate import PartialState
-
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    from accelerate import PartialState  # brings torch in: only where there are others to wait
+
     with PartialState().main_process_first():
         yield
 

@@ -155,24 +155,12 @@ def new_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
 
 def tune(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> dict[str, Any]:
     """Full fine-tuning on the train rows of both tasks, loss on the answers only."""
-    rows = ask_together(read_rows(EMBEDDED / "legal" / "train.jsonl"), seed)
+    rows = read_rows(EMBEDDED / "legal" / "conversations.jsonl")
     pairs = encode_rows(tokenizer, rows + arithmetic.rows(seed, ARITHMETIC_ROWS["train"], heldout=False))
     epochs = max(1, round(tokens / sum(len(ids) for ids, _ in pairs)))
     batches = row_batches(pairs, WINDOW * BATCH_ROWS, epochs, tokenizer.pad_token_id, seed)
     steps = min(len(batches), max(2, tokens // (WINDOW * BATCH_ROWS)))
     return fit(model, batches, steps, "tiny-teacher, tuning", PEAK["tuning"])
-
-
-def ask_together(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """One conversation a clause, its questions in random order: the clause is read once, not two or three times."""
-    random.Random(seed).shuffle(rows)
-    conversations: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        user, reply = row["messages"]
-        earlier = conversations.setdefault(row["group"], [])
-        question = user["content"].rpartition("\n\n")[2]
-        earlier += [{**user, "content": question} if earlier else user, reply]
-    return [{"messages": messages} for messages in conversations.values()]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
