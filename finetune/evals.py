@@ -180,7 +180,7 @@ def save_answers(path: Path, answers: Sequence[Answer], key: str) -> None:
 def load_answers(path: Path, key: str) -> list[Answer] | None:
     """A measurement that an interrupted attempt already made, or None where there is none of the same thing."""
     try:
-        head, *lines = path.read_text(encoding="utf-8").splitlines()
+        head, *lines = path.read_text(encoding="utf-8").strip("\n").split("\n")  # splitlines also cuts at U+2028
         if json.loads(head) != {"key": key}:
             return None
         return [Answer(**json.loads(line)) for line in lines]

@@ -49,6 +49,18 @@ class Run:
     lock: Any = None
 
 
+def is_main() -> bool:
+    """Whether this is the process that writes and prints (torchrun and accelerate set RANK)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(*lines: str) -> None:
+    """Print on the main process only."""
+    if is_main():
+        for line in lines:
+            print(line, flush=True)
+
+
 def open_run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> Run:
     """Open the recipe's run directory for training, and lock it.
 
@@ -148,7 +160,7 @@ def _id(folder: Path) -> str:
 
 def _lock(folder: Path) -> Any:
     """An exclusive lock that the system releases when the process ends, however it ends."""
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_main():
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from finetune import preflight as checks
 from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
 from finetune.layout import Device, Layout, model_facts, plan_layout
 from finetune.models import load_base
+from finetune.runs import is_main, say
 from finetune.stats import Answer
 from finetune.trainers import BUILDERS, token_dataset
 from recipes.errors import RetortError
@@ -46,15 +47,6 @@ class Watch:
     metrics: Metrics
     progress: Progress
     checkpoint: Path | None
-
-
-def is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(text: str) -> None:
-    if is_main():
-        print(text, flush=True)
 
 
 def show_data(prepared: Prepared) -> None:
@@ -301,8 +293,9 @@ def result_table(folder: Path) -> str:
     if not path.is_file():
         return "nothing was measured"
     result = json.loads(path.read_text(encoding="utf-8"))
-    lines = [f"{'on ' + str(result['n']) + ' held-out rows':<24}{'base':>24}{'tuned':>24}{'p':>10}"]
+    table = [[f"on {result['n']} held-out rows", "base", "tuned", "p"]]
     for name, m in result["metrics"].items():
         cells = [f"{m[w]['value']:.3f} [{m[w]['low']:.3f}, {m[w]['high']:.3f}]" for w in ("base", "tuned")]
-        lines.append(f"{name:<24}{cells[0]:>24}{cells[1]:>24}{m['p_value']:>10.4f}")
-    return "\n".join(lines)
+        table.append([name, *cells, f"{m['p_value']:.4f}"])
+    widths = [max(len(row[i]) for row in table) for i in range(4)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table)

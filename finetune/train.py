@@ -6,12 +6,12 @@ This file is the story of a run, from top to bottom. Nothing imports it.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.runs import is_main, main_process_first, open_run, say
 from recipes.errors import RetortError
 from recipes.gate import Verdict, check
 from recipes.load import load_recipe
@@ -36,11 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> None:
     """The stages of a run, in order. Everything cheap that can fail comes before everything slow."""
-    from finetune import runs
-
     verdict = check(recipe)
     verdict.require()
-    opened = runs.open_run(recipe, resume, fresh)
+    opened = open_run(recipe, resume, fresh)
     say(*opened.notes)
     if opened.status == "finished":
         say(f"{opened.folder} holds the finished run of this recipe; --fresh repeats it")
@@ -55,7 +53,6 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
     """Prepare, measure the base, train, measure the tuned model, report."""
     from data_prep.prepare import prepare, read_rows
     from finetune.layout import find_device
-    from finetune.runs import main_process_first
     from recipes.refs import require_model_folder
 
     folder: Path = opened.folder
@@ -79,24 +76,17 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
 
     model = stages.load(recipe, tokenizer, device)
     base = stages.base_answers(recipe, model, tokenizer, measured, folder)
-    tracker = tracking.start(recipe, folder, opened.id) if stages.is_main() else tracking.Tracker()
+    tracker = tracking.start(recipe, folder, opened.id) if is_main() else tracking.Tracker()
     trainer, watch = stages.build(recipe, layout, tokenizer, model, rows, held_out, folder, tracker)
     preflight = stages.preflight(recipe, layout, tokenizer, trainer, rows, prepared, folder)
     stages.fit(trainer, watch, preflight, folder)
     stages.save(recipe, trainer, tokenizer, folder)
 
-    if stages.is_main():
+    if is_main():
         result = stages.tuned_result(recipe, trainer.model, tokenizer, measured, base, folder)
         stages.finish(recipe, folder, verdict, device, prepared, layout, result)
         tracker.finish(result, [folder / n for n in ("report.html", "manifest.json", "recipe.yaml", "eval.json")])
         show_result(folder)
-
-
-def say(*lines: str) -> None:
-    """Print on the main process only."""
-    if os.environ.get("RANK", "0") == "0":
-        for line in lines:
-            print(line, flush=True)
 
 
 def show_result(folder: Path) -> None:

