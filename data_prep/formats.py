@@ -52,7 +52,8 @@ class Row:
     @property
     def group(self) -> str:
         """Rows of one group never straddle a split, and are resampled together."""
-        return str(self.extra.get("group") or self.id)
+        group = self.extra.get("group")
+        return self.id if group is None else str(group)
 
     @property
     def reference(self) -> str:
@@ -72,6 +73,7 @@ def to_row(record: dict[str, Any], place: str, source: Source) -> Row:
         row = SHAPES[source.format if source.format != "auto" else _recognise(record, place)](record, place)
     try:
         _ = row.id
+        canonical_json(row.extra).encode()
     except UnicodeEncodeError:
         raise BadRecord("holds half of a surrogate pair, which is no character", place, "repair its encoding") from None
     return row
@@ -120,6 +122,8 @@ def _message(raw: Any, where: str, place: str) -> dict[str, Any]:
         if not (role == "assistant" and message.get("tool_calls")):
             raise BadRecord(f"{where} ({role}) has no content", place)
         message["content"] = ""
+    elif isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        message["content"] = "".join(part["text"] for part in content)
     elif not isinstance(content, str):
         raise BadRecord(f"{where} ({role}) has {type(content).__name__} content", place, "content must be a text")
     if not isinstance(message.get("reasoning_content", ""), str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import shutil
@@ -17,7 +18,17 @@ from data_prep.readers import BadRecord, read_source, source_files
 from data_prep.steps import STEPS, Verdicts, holdout, not_in
 from data_prep.tokens import Tokenizer, load_tokenizer
 from recipes.errors import DataError, RetortError
-from recipes.lineage import cannot_write, read_manifest, sha256_file, sha256_json, verify, write_manifest
+from recipes.gate import check
+from recipes.lineage import (
+    cannot_write,
+    code_state,
+    packages,
+    read_manifest,
+    sha256_file,
+    sha256_json,
+    verify,
+    write_manifest,
+)
 from recipes.schema import Holdout, Recipe, Source
 
 GENERATOR_COLUMNS = ("_teacher", "generator", "teacher", "model")
@@ -61,16 +72,22 @@ def data_dir(run_dir: Path) -> Path:
     return run_dir / "data"
 
 
-def prepare(recipe: Recipe, run_dir: Path) -> Prepared:
+def prepare(recipe: Recipe, run_dir: Path, keep: bool = False) -> Prepared:
     """Prepare the rows of a recipe in `run_dir/data`, or reuse them when nothing that decides them has changed.
 
+    Args:
+        keep: refuse to replace data that is there and differs, because a run was made from it.
+
     Raises:
-        DataError: a source or row that cannot be read or masked, nothing left to train on, an edited data file.
+        DataError: a source or row that cannot be read or masked, nothing left to train on, an edited data file, a
+            folder `data` that is somebody else's.
         RecipeError: the tokenizer cannot be loaded.
     """
     folder = data_dir(run_dir)
     inputs = source_inputs(recipe)
     manifest = read_manifest(folder)
+    if manifest is None and folder.is_dir() and any(folder.iterdir()):
+        raise DataError("holds files that Retort did not write", str(folder), "choose another output")
     # A fresh preparation reads the rows before the tokenizer: a bad row is found before anything slow is imported.
     sources = _read_all(recipe) if manifest is None else None
     tokenizer = load_tokenizer(recipe.model)
@@ -79,6 +96,8 @@ def prepare(recipe: Recipe, run_dir: Path) -> Prepared:
         if wrong := verify(folder):
             raise DataError(f"was changed after it was prepared: {', '.join(wrong)}", str(folder), "delete the folder")
         return Prepared(folder, manifest, reused=True, tokenizer=tokenizer)
+    if manifest is not None and keep:
+        raise DataError("is the data of a run, and would change", str(folder), "choose another output")
     sieve, train, held_out = sources or _read_all(recipe)
     rows = _select(recipe, sieve, train, held_out)
     masked = {name: _mask_all(recipe, part, tokenizer, sieve) for name, part in rows.items()}
@@ -87,11 +106,22 @@ def prepare(recipe: Recipe, run_dir: Path) -> Prepared:
         raise DataError(
             f"no training row is left (dropped: {reasons})", str(folder), "look at train.seq_len and the sources"
         )
+    if recipe.data.eval is not None and not masked["eval"]:
+        raise DataError("no held-out row is left", "data.eval", "look at train.seq_len, the steps and the sources")
     try:
         content = _write(recipe, folder, masked, sieve, inputs, key, tokenizer)
     except OSError as error:
         raise cannot_write(folder, error) from None
     return Prepared(folder, content, reused=False, tokenizer=tokenizer)
+
+
+def changed_inputs(recipe: Recipe, run_dir: Path) -> list[str]:
+    """Sources that are no longer what `run_dir/data` was prepared from; empty where nothing was prepared."""
+    manifest = read_manifest(data_dir(run_dir))
+    if manifest is None:
+        return []
+    before = {(i["role"], i["ref"]): i["sha256"] for i in manifest["inputs"]}
+    return [i["ref"] for i in source_inputs(recipe) if before.get((i["role"], i["ref"])) != i["sha256"]]
 
 
 def source_inputs(recipe: Recipe) -> list[dict[str, Any]]:
@@ -174,8 +204,7 @@ def _select(recipe: Recipe, sieve: _Sieve, train: list[Row], held_out: list[Row]
             raise DataError(
                 "too few rows to hold any out for evaluation", "data.eval", "give more rows, or data.eval: null"
             )
-    else:
-        train = sieve.apply(train, not_in(train, held_out))
+    train = sieve.apply(train, not_in(train, held_out))
     return {"train": train, "eval": held_out}
 
 
@@ -266,7 +295,11 @@ def _write(
         "fingerprint": key,
         "recipe": recipe.resolved(),
         "inputs": inputs,
-        "counts": _counts(masked, sieve),
+        "parents": [],
+        "code": code_state(),
+        "packages": packages(),
+        "verdict": check(recipe).as_dict(),
+        "counts": _counts(masked, sieve, recipe.train.seq_len),
         "generators": dict(sieve.generators),
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "notes": list(tokenizer.notes)},
     }
@@ -288,7 +321,20 @@ def _write_parquet(path: Path, part: list[tuple[Row, Masked, int]]) -> None:
     pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=10_000)
 
 
-def _counts(masked: dict[str, list[tuple[Row, Masked, int]]], sieve: _Sieve) -> dict[str, Any]:
+def count_packs(lengths: Iterable[int], seq_len: int) -> int:
+    """How many sequences of `seq_len` tokens best-fit-decreasing packing makes of rows; no row is cut."""
+    room: list[int] = []  # left in the open packs, ascending
+    packs = 0
+    for length in sorted(lengths, reverse=True):
+        place = bisect.bisect_left(room, length)
+        packs += place == len(room)
+        left = (room.pop(place) if place < len(room) else seq_len) - length
+        if left:
+            bisect.insort(room, left)
+    return packs
+
+
+def _counts(masked: dict[str, list[tuple[Row, Masked, int]]], sieve: _Sieve, seq_len: int) -> dict[str, Any]:
     import numpy as np
 
     lengths = {name: np.array([len(m.input_ids) for _, m, _ in part], dtype=np.int64) for name, part in masked.items()}
@@ -307,6 +353,7 @@ def _counts(masked: dict[str, list[tuple[Row, Masked, int]]], sieve: _Sieve) -> 
         "train_tokens": int(train.sum()),
         "trained_tokens": int(sum(sum(m.mask) for _, m, _ in masked["train"])),
         "eval_tokens": int(lengths["eval"].sum()),
+        "packs": count_packs(train.tolist(), seq_len),
         "length": {"min": int(train.min()), "p50": p50, "p90": p90, "p99": p99, "max": int(train.max())},
         "truncated_rows": sum(1 for c in cuts if c),
         "lost_tokens": sum(cuts),

@@ -36,7 +36,9 @@ def source_files(source: Source) -> list[Path]:
         if not path.is_file():
             splits = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl")))
             raise DataError(
-                f"embedded data '{source.embedded}' has no split '{source.split}'", None, f"it has {splits}"
+                f"embedded data '{source.embedded}' has no split '{source.split or 'train'}'",
+                None,
+                f"it has {splits}" if splits else "it holds no rows: embedded: legal and embedded: arithmetic do",
             )
         return [path]
     if not path.exists():

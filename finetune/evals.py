@@ -106,8 +106,15 @@ def _answers(
     answers: list[str | None] = [None] * len(rows)
     most = _tokens_per_forward(model)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    for batch in track(_batches([len(p) + recipe.eval.max_new_tokens for p in prompts], most), f"answers ({what})"):
-        room = max(1, min(recipe.eval.max_new_tokens, limit - max(len(prompts[i]) for i in batch)))
+    wanted = recipe.eval.max_new_tokens
+    batches: list[list[int]] = []
+    for batch in _batches([len(p) + wanted for p in prompts], most):
+        # A row near the end of the context answers alone: its neighbours would be cut short with it.
+        near = [i for i in batch if len(prompts[i]) + wanted > limit]
+        batches += [[i] for i in near]
+        batches += [rest] if (rest := [i for i in batch if i not in near]) else []
+    for batch in track(batches, f"answers ({what})"):
+        room = max(1, min(wanted, limit - max(len(prompts[i]) for i in batch)))
         ids, mask = _padded([prompts[i] for i in batch], tokenizer, model.device, left=True)
         output = model.generate(
             input_ids=ids,

@@ -41,6 +41,7 @@ class ModelFacts:
     hidden: int
     intermediate: int
     vocabulary: int
+    context: int | None = None  # longest sequence that the positions are made for
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,26 @@ def model_facts(folder: Path) -> ModelFacts:
         hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
         parameters = sum(_parameters(path) for path in sorted(folder.glob("*.safetensors")))
         facts = ModelFacts(
-            parameters, layers, hidden, int(config.get("intermediate_size") or 4 * hidden), int(config["vocab_size"])
+            parameters,
+            layers,
+            hidden,
+            int(config.get("intermediate_size") or 4 * hidden),
+            int(config["vocab_size"]),
+            _context(config),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise RecipeError(f"{folder} is no readable model folder ({reason})", "model.base") from None
     return facts
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    """Positions of the model. YaRN and its like often state the unscaled number with a factor (Qwen2.5, for one)."""
+    positions = config.get("max_position_embeddings")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if positions and scaling.get("original_max_position_embeddings", positions) == positions:
+        positions = positions * float(scaling.get("factor") or 1)
+    return int(positions) if positions else None
 
 
 def _parameters(path: Path) -> int:
@@ -130,6 +145,22 @@ def _parameters(path: Path) -> int:
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
+def refuse_impossible(recipe: Recipe, device: Device, facts: ModelFacts | None) -> None:
+    """Refuse what model and device cannot do, whatever the rows are.
+
+    Raises:
+        RecipeError: rows may be longer than the model's context; a dtype that the device cannot train in.
+    """
+    if facts is not None and facts.context is not None and recipe.train.seq_len > facts.context:
+        raise RecipeError(
+            f"{recipe.train.seq_len} tokens are more than the context of {recipe.model.base} ({facts.context})",
+            "train.seq_len",
+            f"set it to at most {facts.context}",
+        )
+    if device.kind == "cpu" and recipe.model.dtype == "float16":
+        raise RecipeError("float16 trains on a GPU only", "model.dtype", "set it to bfloat16 or float32")
+
+
 def plan_layout(
     recipe: Recipe,
     device: Device,
@@ -138,21 +169,27 @@ def plan_layout(
     mean_tokens: float,
     longest: int,
     world_size: int,
+    packs: int | None = None,
 ) -> Layout:
     """Choose micro-batch, accumulation and checkpointing.
 
     Args:
         facts: None where the base is not on this machine yet; then memory does not limit the layout.
         rows: training rows; `mean_tokens` and `longest` are their mean and greatest length in tokens.
+        packs: packed sequences that the rows make; estimated where None.
 
     Raises:
+        RecipeError: see `refuse_impossible`.
         MemoryFitError: not even one row fits with gradient checkpointing.
     """
     train = recipe.train
+    refuse_impossible(recipe, device, facts)
     width = train.seq_len if train.packing else longest
-    per_row = train.seq_len if train.packing else mean_tokens
+    per_row = mean_tokens
     if train.packing:
-        rows = max(1, math.ceil(rows * mean_tokens / (train.seq_len * 0.97)))  # best-fit packing fills about 97 %
+        tokens = rows * mean_tokens
+        rows = packs or max(1, math.ceil(tokens / (train.seq_len * 0.97)))  # best-fit packing fills about 97 %
+        per_row = tokens / rows
     per_device = max(1, round(train.tokens_per_step / per_row / world_size))
     per_device = min(per_device, max(1, math.ceil(rows / world_size)))
     room, checkpointing = _forward_tokens(recipe, device, facts, wanted=per_device * width)

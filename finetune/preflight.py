@@ -14,10 +14,11 @@ import torch
 from data_prep.tokens import Tokenizer
 from finetune.callbacks import peak_memory
 from finetune.layout import Layout
-from recipes.errors import MemoryFitError, RecipeError, RetortError
+from recipes.errors import MemoryFitError, RecipeError, RetortError, out_of_memory
 from recipes.schema import Recipe
 
 # Fused and expert weights that peft's target_modules cannot reach, because they are parameters and no Linear modules.
+FUSED = {"qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "Wqkv", "W_pack"}
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
 
@@ -132,6 +133,15 @@ def _refuse_gaps(rows: list[dict[str, Any]], recipe: Recipe) -> None:
                 continue
             names = ", ".join(sorted({r["type"] for r in rows if "norm" not in r["type"]}))
             raise RecipeError(f"target '{target}' adapts no module", "adapter.targets", f"the model has {names}")
+    missing = set(recipe.adapter.modules_to_save) - {r["type"].rsplit(".", 1)[-1] for r in rows if r["adapted"]}
+    if missing:
+        names = ", ".join(sorted({r["type"] for r in rows}))
+        raise RecipeError(f"{sorted(missing)} match no module", "adapter.modules_to_save", f"the model has {names}")
+    fused = [r["type"] for r in rows if r["type"] in FUSED and not r["adapted"]]
+    if fused:
+        raise RecipeError(
+            f"the fused projections {', '.join(fused)} are not covered", "adapter.targets", "name them as targets"
+        )
     experts = [r for r in rows if r["type"] == "experts" or r["type"].startswith("experts.")]
     if experts and not any(r["adapted"] for r in experts):
         raise RecipeError(
@@ -188,10 +198,15 @@ def probe(trainer: Any, layout: Layout) -> dict[str, Any]:
     lengths = [len(ids) for ids in data["input_ids"]]
     longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[: layout.micro_batch]
     batch = trainer.data_collator([data[i] for i in longest])
+    held_out = trainer.eval_dataset if trainer.eval_dataset is not None else data
+    by_length = sorted(range(len(held_out)), key=lambda i: -len(held_out[i]["input_ids"]))[: layout.micro_batch]
+    evaluated = trainer.data_collator([held_out[i] for i in by_length])
     model = trainer.model
     try:
-        seconds, evaluation = _timed_passes(trainer, model, batch)
-    except torch.OutOfMemoryError:
+        seconds, evaluation = _timed_passes(trainer, model, batch, evaluated)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         smaller = max(1, layout.micro_batch // 2)
         remedy = f"set train.micro_batch: {smaller}" if layout.micro_batch > 1 else "shorten train.seq_len"
         raise MemoryFitError(
@@ -212,9 +227,11 @@ def probe(trainer: Any, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[float, float]:
+def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any], held_out: dict[str, Any]) -> tuple[float, float]:
     device = trainer.args.device
-    moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+    moved, held_out = (
+        {k: v.to(device) if hasattr(v, "to") else v for k, v in part.items()} for part in (batch, held_out)
+    )
     if trainer.args.gradient_checkpointing:
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     started = time.monotonic()
@@ -225,7 +242,7 @@ def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[floa
     middle = time.monotonic()
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        trainer.compute_loss(model, dict(moved))
+        trainer.compute_loss(model, dict(held_out))
     for metrics in trainer._metrics.values():  # TRL averages what it logs over calls; the probe is none of them
         metrics.clear()
     trainer._total_train_tokens = 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.prepare import changed_inputs
 from recipes.errors import RecipeError, RetortError
 from recipes.lineage import MANIFEST, cannot_write, read_manifest, write_atomic
 from recipes.load import difference, load_recipe
@@ -67,11 +68,23 @@ def open_run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> Run:
     A finished run of another recipe is moved aside (`<name>.1`, `.2`, ...), never overwritten; an unfinished one is
     refused, since resuming it would not be the same run.
 
+    With several processes the main one opens; the others wait, and get what it found.
+
     Raises:
-        RecipeError: the unfinished run there has another recipe; --resume and there is nothing to resume.
+        RecipeError: the directory holds other files; the unfinished run there has another recipe or was made from
+            other data; --resume and there is nothing to resume.
         RetortError: the directory cannot be written, or another process works in it.
     """
+    with main_process_first():
+        if is_main():
+            return _open(recipe, resume, fresh)
+        folder = recipe.run_dir
+        return Run(folder, "new" if read_manifest(folder) is None else "finished", _id(folder), ())
+
+
+def _open(recipe: Recipe, resume: bool, fresh: bool) -> Run:
     folder = recipe.run_dir
+    _require_ours(folder)
     lock = _lock(folder)
     notes: list[str] = []
     found = _recipe_of(folder)
@@ -80,6 +93,9 @@ def open_run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> Run:
         lock = _move_aside(folder, lock, notes)
         found = None
     changed = changed_keys(found, recipe) if found is not None else {}
+    changed |= {
+        f"the file {ref}": ("as it was", "changed") for ref in (changed_inputs(recipe, folder) if found else [])
+    }
     if changed and not finished and not _has_trained(folder):
         found, changed = None, {}  # it failed before its first step: there is nothing to lose
     if changed and not finished:
@@ -136,6 +152,16 @@ def recipe_yaml(recipe: Recipe) -> str:
     return f"# Written by Retort: the recipe with every default filled in.\n{stream.getvalue()}"
 
 
+def _require_ours(folder: Path) -> None:
+    """Refuse a folder with files that no run of ours wrote: a run removes and replaces what is in its way."""
+    if (folder / STATE).is_file() or not folder.is_dir():
+        return
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in {".lock", RECIPE, "data", "data.new"})
+    if foreign:
+        names = ", ".join(foreign[:4]) + (" ..." if len(foreign) > 4 else "")
+        raise RecipeError(f"holds files that are no run of Retort ({names})", str(folder), "choose another output")
+
+
 def _recipe_of(folder: Path) -> Recipe | None:
     path = folder / RECIPE
     if not path.is_file():
@@ -160,8 +186,6 @@ def _id(folder: Path) -> str:
 
 def _lock(folder: Path) -> Any:
     """An exclusive lock that the system releases when the process ends, however it ends."""
-    if not is_main():
-        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stream = (folder / ".lock").open("a")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from finetune.models import load_base
 from finetune.runs import is_main, say
 from finetune.stats import Answer
 from finetune.trainers import BUILDERS, token_dataset
-from recipes.errors import RetortError
+from recipes.errors import DataError, RetortError
 from recipes.gate import Verdict
 from recipes.lineage import (
     build_manifest,
@@ -29,8 +31,10 @@ from recipes.lineage import (
     code_state,
     environment,
     packages,
+    read_manifest,
     sha256_files,
     sha256_path,
+    verify,
     write_atomic,
     write_manifest,
 )
@@ -60,14 +64,31 @@ def show_data(prepared: Prepared) -> None:
 
 
 def write_layout(recipe: Recipe, device: Device, prepared: Prepared, folder: Path) -> Layout:
-    """Choose the batch layout from the prepared rows, print it, and keep it in plan.json."""
+    """Choose the batch layout from the prepared rows, print it, and keep it in plan.json.
+
+    A run that goes on keeps the layout it began with: with other batches it would not be the same run.
+
+    Raises:
+        RetortError: the run began on other devices.
+    """
+    path = folder / "plan.json"
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if newest_complete(folder / "checkpoints")[0] is not None and path.is_file():
+        layout = Layout(**json.loads(path.read_text(encoding="utf-8")))
+        if (layout.world_size, layout.device) != (world, device.kind):
+            began, now = f"{layout.world_size} x {layout.device}", f"{world} x {device.kind}"
+            raise RetortError(
+                f"was begun on {began}, this is {now}", str(folder), "resume it there, or add --fresh to start over"
+            )
+        say(describe(layout, device))
+        return layout
     counts = prepared.counts
     mean = counts["train_tokens"] / counts["train_rows"]
     facts = model_facts(fetch(recipe.model.ref, True))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    layout = plan_layout(recipe, device, facts, counts["train_rows"], mean, counts["length"]["max"], world)
+    longest = counts["length"]["max"]
+    layout = plan_layout(recipe, device, facts, counts["train_rows"], mean, longest, world, counts["packs"])
     if is_main():
-        write_atomic(folder / "plan.json", json.dumps(layout.as_dict(), indent=2) + "\n")
+        write_atomic(path, json.dumps(layout.as_dict(), indent=2) + "\n")
     say(describe(layout, device))
     return layout
 
@@ -99,6 +120,11 @@ def load(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
     """Load the base with the seed set: what a model initialises itself is then the same each time."""
     from transformers import set_seed
 
+    folder = fetch(recipe.model.ref, True)
+    if read_manifest(folder) is not None and (wrong := verify(folder)):
+        raise DataError(
+            f"differs from its manifest: {', '.join(wrong[:4])}", str(folder), "get or make the model again"
+        )
     set_seed(recipe.seed)
     say(f"loading {recipe.model.base}")
     return load_base(recipe, tokenizer, device)
@@ -189,9 +215,8 @@ def fit(trainer: Any, watch: Watch, found: dict[str, Any], folder: Path) -> None
     if watch.checkpoint is not None:
         say(f"resuming from {watch.checkpoint.name}")
     try:
-        trainer.train(resume_from_checkpoint=str(watch.checkpoint) if watch.checkpoint else None)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+        with writing(folder):
+            trainer.train(resume_from_checkpoint=str(watch.checkpoint) if watch.checkpoint else None)
     finally:
         watch.progress.close()
     if is_main() and watch.adapter.result is not None:
@@ -209,15 +234,31 @@ def save(recipe: Recipe, trainer: Any, tokenizer: Tokenizer, folder: Path) -> No
     shutil.rmtree(fresh, ignore_errors=True)
     initial = folder / "adapter_initial"
     options = {"path_initial_model_for_weight_conversion": str(initial)} if initial.is_dir() else {}
-    try:
+    with writing(target):
         if options:
             trainer.model.peft_config["default"].init_lora_weights = recipe.adapter.init  # type: ignore[union-attr]
         trainer.model.save_pretrained(fresh, safe_serialization=True, **options)
         tokenizer.backend.save_pretrained(fresh)
-    except OSError as error:
-        raise cannot_write(target, error) from None
     shutil.rmtree(target, ignore_errors=True)
     os.replace(fresh, target)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the libraries raise when a disk is full, or a file cannot be written, into one clear line.
+
+    safetensors wraps the system's error in a class of its own, torch.save in a RuntimeError.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from None
+        if "os error" in text or "PytorchStreamWriter" in text or "inline_container" in text:
+            cause = OSError(errno.ENOSPC, "the disk is full or the file cannot be written")
+            raise cannot_write(path, cause) from None
+        raise
 
 
 def tuned_result(
@@ -225,7 +266,7 @@ def tuned_result(
 ) -> dict[str, Any] | None:
     """Measure the tuned model on the rows the base was measured on, and compare."""
     if not measured:
-        say("no held-out rows (data.eval): nothing is measured")
+        say("no held-out rows (data.eval is null): nothing is measured")
         return None
     say(f"measuring the tuned model on {len(measured)} held-out rows")
     tuned = evals.measure(model, tokenizer, measured, recipe, "tuned")
@@ -247,6 +288,7 @@ def finish(
     for leftover in ("adapter_initial", "adapter_check"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     base = fetch(recipe.model.ref, True)
+    parent = read_manifest(base) or {}
     content = {
         "kind": "run",
         "name": recipe.name,
@@ -256,11 +298,11 @@ def finish(
                 "role": "base",
                 "ref": str(recipe.model.ref),
                 "sha256": sha256_path(base),
-                "license": recipe.model.license or ("Apache-2.0" if recipe.model.ref.kind == "embedded" else None),
+                "license": recipe.model.license or parent.get("license"),
             },
             *prepared.manifest["inputs"],
         ],
-        "parents": [],
+        "parents": [{"role": "base", "ref": str(recipe.model.ref), "manifest": parent}] if parent else [],
         "code": code_state(),
         "packages": packages(),
         "environment": environment(device.name),

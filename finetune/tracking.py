@@ -53,19 +53,44 @@ class Tracker:
         self.run = None
 
 
+def choose_mode(recipe: Recipe) -> str | None:
+    """`online`, `offline` or `disabled`; None where the recipe names no wandb. `auto` is offline without a key.
+
+    Raises:
+        RecipeError: the recipe pins `online` and no key is configured.
+    """
+    ask = recipe.track.wandb
+    if ask is None:
+        return None
+    mode = ask.mode if ask.mode != "auto" else os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    if mode == "online" and not _has_key():
+        raise RecipeError("no wandb key is configured", "track.wandb.mode", "run wandb login, or set it to offline")
+    return mode
+
+
 def start(recipe: Recipe, run_dir: Path, run_id: str) -> Tracker:
-    """Open the wandb run that a recipe names, offline where there is no key.
+    """Open the wandb run that a recipe names; `auto` falls back to offline where the server cannot be reached.
 
     Raises:
         RecipeError: the recipe pins `online` and no key is configured, or wandb refuses.
     """
-    ask = recipe.track.wandb
-    if ask is None:
+    ask, mode = recipe.track.wandb, choose_mode(recipe)
+    if ask is None or mode is None:
         return Tracker()
-    mode = ask.mode if ask.mode != "auto" else os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-    if mode == "online" and not _has_key():
-        raise RecipeError("no wandb key is configured", "track.wandb.mode", "run wandb login, or set it to offline")
+    try:
+        return _open(recipe, run_dir, run_id, mode)
+    except RecipeError as error:
+        if ask.mode != "auto" or mode != "online":
+            raise
+        print(f"{error.message}; tracking goes on offline (wandb sync sends it later)", flush=True)
+        return _open(recipe, run_dir, run_id, "offline")
+
+
+def _open(recipe: Recipe, run_dir: Path, run_id: str, mode: str) -> Tracker:
     import wandb
+
+    ask = recipe.track.wandb
+    assert ask is not None
 
     settings = wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=False)
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.runs import is_main, main_process_first, open_run, say
-from recipes.errors import RetortError
+from recipes.errors import MemoryFitError, RetortError, out_of_memory
 from recipes.gate import Verdict, check
 from recipes.load import load_recipe
 from recipes.quiet import opt_out
@@ -28,6 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RetortError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        remedy = "set model.quantization: nf4, or lower train.tokens_per_step, train.seq_len or eval.max_new_tokens"
+        fit = MemoryFitError(" ".join(str(error).split())[:200], str(asked.recipe), remedy)
+        print(f"error: {fit}", file=sys.stderr)
+        return fit.exit_code
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -52,12 +59,13 @@ def run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> None:
 def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
     """Prepare, measure the base, train, measure the tuned model, report."""
     from data_prep.prepare import prepare, read_rows
-    from finetune.layout import find_device
+    from finetune.layout import find_device, model_facts, refuse_impossible
     from recipes.refs import require_model_folder
 
     folder: Path = opened.folder
     device = find_device(recipe.train.device)
-    require_model_folder(recipe.model.ref, "model.base")
+    here = require_model_folder(recipe.model.ref, "model.base")
+    refuse_impossible(recipe, device, model_facts(here) if here is not None else None)
     with main_process_first():
         prepared = prepare(recipe, folder)
     tokenizer = prepared.tokenizer
@@ -66,6 +74,7 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
     from finetune.trainers import check_extra
 
     check_extra(recipe)
+    tracking.choose_mode(recipe)
     say(*tokenizer.notes)
     stages.show_data(prepared)
     layout = stages.write_layout(recipe, device, prepared, folder)

@@ -48,6 +48,13 @@ OWNED = {
     "use_cpu": "train.device",
     "dataset_kwargs": "data",
     "model_init_kwargs": "model",
+    "save_strategy": "train.save_every",
+    "eval_strategy": "train.eval_every",
+    "logging_nan_inf_filter": "train.log_every",
+    "disable_tqdm": "train.log_every",
+    "dataloader_pin_memory": "train.device",
+    "ddp_find_unused_parameters": "train.device",
+    "resume_from_checkpoint": "output",
     "assistant_only_loss": "data.train_on",
     "completion_only_loss": "data.train_on",
 }
@@ -63,14 +70,18 @@ def check_extra(recipe: Recipe) -> None:
 
     from trl import SFTConfig
 
-    known = {f.name for f in dataclasses.fields(SFTConfig) if f.init}
-    for name in recipe.train.extra:
+    fields = {f.name: f for f in dataclasses.fields(SFTConfig) if f.init}
+    known = set(fields)
+    for name, value in recipe.train.extra.items():
         place = f"train.extra.{name}"
         if name in OWNED:
             raise RecipeError(f"'{name}' is decided by the recipe itself", place, f"set {OWNED[name]}")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise RecipeError("no such field of SFTConfig", place, f"did you mean '{close[0]}'?" if close else None)
+        choices = fields[name].metadata.get("choices")
+        if choices and value not in choices:
+            raise RecipeError(f"must be one of {', '.join(map(str, choices))}, not {value!r}", place)
     if recipe.train.extra:
         try:
             SFTConfig(output_dir=os.devnull, report_to="none", use_cpu=True, bf16=False, **recipe.train.extra)
@@ -105,16 +116,20 @@ def build_sft(
         **recipe.train.extra,
     )
     collator = PackedCollator(tokenizer.backend.pad_token_id) if recipe.train.packing and not flash else None
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        processing_class=tokenizer.backend,
-        data_collator=collator,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("eval"),
-        peft_config=adapter_config(recipe.adapter) if recipe.adapter is not None else None,
-        callbacks=list(callbacks),
-    )
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=config,
+            processing_class=tokenizer.backend,
+            data_collator=collator,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("eval"),
+            peft_config=adapter_config(recipe.adapter) if recipe.adapter is not None else None,
+            callbacks=list(callbacks),
+        )
+    except ValueError as error:  # peft: a target that matches nothing; trl: options that exclude each other
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(f"cannot be set up: {reason}", "adapter" if "target" in reason else "train") from None
     trainer.remove_callback(PrinterCallback)
     return trainer
 

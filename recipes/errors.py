@@ -9,6 +9,11 @@ RetortError (1)
 """
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a library says that memory ran out: torch's error on a GPU, a plain RuntimeError on a processor."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 class RetortError(Exception):
     """Base of all errors that Retort raises on purpose.
 

@@ -135,8 +135,13 @@ def verify(folder: Path) -> list[str]:
     manifest = read_manifest(folder)
     if manifest is None:
         raise DataError("has no manifest.json", str(folder), "it is no finished artefact; run the stage that makes it")
+    files = manifest.get("files", {})
+    if not isinstance(files, dict):
+        raise DataError(
+            "'files' is no map of names to hashes", str(folder / MANIFEST), "run the stage that made it again"
+        )
     wrong = []
-    for name, expected in manifest.get("files", {}).items():
+    for name, expected in files.items():
         path = folder / name
         if not path.is_file() or sha256_file(path) != expected:
             wrong.append(name)

@@ -128,6 +128,8 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> Tree:
         chain = " -> ".join(p.name for p in (*seen, here))
         raise RecipeError(f"extends goes round in a circle: {chain}", str(path), "remove one of the extends")
     tree = read_yaml(path)
+    if seen and not isinstance(tree.value, dict):
+        raise RecipeError("is no recipe, and a recipe extends it", str(path), "extends must name a YAML file with keys")
     if not isinstance(tree.value, dict) or "extends" not in tree.value:
         return tree
     place = tree.place(("extends",))

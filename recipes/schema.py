@@ -9,7 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from recipes.refs import Ref, parse_ref
 
@@ -110,6 +119,13 @@ class Adapter(Section):
         "default", description="initialisation of A and B; pissa and olora start from the base weights"
     )
 
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "all-linear":
+            raise ValueError(f"one target is a list too: [{value}]; or write all-linear")
+        return value
+
 
 class Source(Section):
     """One source of rows: exactly one of `path`, `hub`, `embedded`."""
@@ -137,6 +153,10 @@ class Source(Section):
             raise ValueError(f"'{self.hub}' is no hub reference; write org/name@revision, or use path")
         if self.embedded is not None:
             parse_ref(f"embedded:{self.embedded}")
+        if self.path is not None and self.split is not None:
+            raise ValueError("split has no meaning for a path; name the file of the split")
+        if self.columns is not None and "text" in self.columns and len(self.columns) > 1:
+            raise ValueError("columns name either text or the parts of a chat, not both")
         if self.columns is not None and self.format in {"sharegpt", "alpaca"}:
             raise ValueError(f"columns have no meaning for format {self.format}; leave one of the two out")
         return self
@@ -172,6 +192,15 @@ class Data(Section):
     on_bad_row: Literal["stop", "drop"] = Field(
         "stop", description="a row that cannot be read: stop, or drop it (counted)"
     )
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _a_list(cls, value: Any) -> Any:
+        if isinstance(value, dict) and {"path", "hub", "embedded"} & value.keys():
+            raise ValueError("held-out sources are a list: write - before the source")
+        if value == [] or value == ():
+            raise ValueError("an empty list holds nothing out; write null, or {fraction: 0.05}")
+        return value
 
 
 class SFT(Section):
@@ -216,6 +245,13 @@ class Train(Section):
     extra: dict[Text, Any] = Field(
         default_factory=dict, description="further fields of TRL's config class of the method, checked against it"
     )
+
+    @field_validator("eval_every", "save_every", mode="before")
+    @classmethod
+    def _whole_or_share(cls, value: Any) -> Any:
+        if isinstance(value, float) and value >= 1:
+            raise ValueError(f"{value:g} is neither a whole number of steps nor a share of the run below 1")
+        return value
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

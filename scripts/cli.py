@@ -68,10 +68,13 @@ def prepare(
 ) -> None:
     """Read, check, split and tokenise the rows of a recipe."""
     from data_prep.prepare import prepare as prepare_rows
+    from finetune.runs import STATE
+    from recipes.gate import check
     from scripts import show
 
     loaded = load_recipe(recipe, set_ or ())
-    prepared = prepare_rows(loaded, loaded.run_dir)
+    check(loaded).require()
+    prepared = prepare_rows(loaded, loaded.run_dir, keep=(loaded.run_dir / STATE).is_file())
     show.data_table(prepared)
     if show_masks:
         show.masks(loaded, prepared, show_masks)

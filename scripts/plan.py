@@ -7,10 +7,11 @@ from typing import Any
 
 from data_prep.readers import source_files
 from finetune.layout import Device, Layout, ModelFacts, find_device, model_facts, plan_layout
+from recipes.errors import DataError, RetortError
 from recipes.gate import check
 from recipes.lineage import read_manifest
 from recipes.refs import require_model_folder
-from recipes.schema import Recipe, Source
+from recipes.schema import Holdout, Recipe, Source
 
 CHARACTERS_PER_TOKEN = 4.0  # of English text; only until the rows are prepared
 
@@ -58,17 +59,26 @@ def _cached(recipe: Recipe) -> Path | None:
 def _data(recipe: Recipe) -> dict[str, Any]:
     """Row and token counts: measured where the rows are prepared, estimated from the files where not."""
     sources = [*recipe.data.train, *(recipe.data.eval if isinstance(recipe.data.eval, tuple) else ())]
-    known = {str(s): _count(s) for s in sources}
+    counted = [_count(s) for s in sources]
+    known = {str(s): count for s, count in zip(sources, counted, strict=True)}
     manifest = read_manifest(recipe.run_dir / "data")
-    same = manifest is not None and manifest.get("recipe", {}).get("data") == recipe.resolved()["data"]
+    decides = ("data", "method", "seed")
+    before, now = (manifest or {}).get("recipe", {}), recipe.resolved()
+    same = (
+        all(before.get(k) == now[k] for k in decides)
+        and before.get("train", {}).get("seq_len") == recipe.train.seq_len
+        and before.get("model") == now["model"]
+    )
     if same and manifest is not None:
         counts = manifest["counts"]
         mean = counts["train_tokens"] / counts["train_rows"]
         return {"prepared": True, "sources": {k: v[0] for k, v in known.items()}, **counts, "mean_tokens": mean}
-    train = [known[str(s)] for s in recipe.data.train]
+    train = counted[: len(recipe.data.train)]
     rows = None if any(r is None for r, _ in train) else sum(r for r, _ in train if r is not None)
     size = sum(b for _, b in train)
     mean = min(recipe.train.seq_len, size / rows / CHARACTERS_PER_TOKEN) if rows else None
+    if rows and isinstance(recipe.data.eval, Holdout):
+        rows -= round(rows * recipe.data.eval.fraction)
     return {"prepared": False, "sources": {k: v[0] for k, v in known.items()}, "train_rows": rows, "mean_tokens": mean}
 
 
@@ -76,6 +86,15 @@ def _count(source: Source) -> tuple[int | None, int]:
     """(rows, bytes) of a source: exact for JSON Lines and Parquet, None where counting would mean parsing."""
     if source.hub is not None:
         return None, 0
+    try:
+        return _counted(source)
+    except RetortError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise DataError(f"cannot be read ({str(error).splitlines()[0]})", str(source), "repair the file") from None
+
+
+def _counted(source: Source) -> tuple[int | None, int]:
     rows: int | None = 0
     size = 0
     for path in source_files(source):
@@ -98,7 +117,7 @@ def _layout(recipe: Recipe, device: Device, facts: ModelFacts | None, data: dict
     if not data["train_rows"] or not data["mean_tokens"]:
         return None
     longest = data["length"]["max"] if data["prepared"] else recipe.train.seq_len
-    return plan_layout(recipe, device, facts, data["train_rows"], data["mean_tokens"], longest, 1)
+    return plan_layout(recipe, device, facts, data["train_rows"], data["mean_tokens"], longest, 1, data.get("packs"))
 
 
 def describe(plan: dict[str, Any]) -> list[str]:

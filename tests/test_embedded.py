@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
@@ -234,7 +235,7 @@ def test_practice_rows_ask_only_for_what_stands_in_the_row() -> None:
     ids, labels = next(practice_batches(8, range(6, 2048), seed=3))
     assert (labels[:, :SOURCE] == IGNORE).all() and (labels != IGNORE).float().mean() > 0.4
     for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
-        pairs = set(zip(row[: SOURCE - 1], row[1:SOURCE], strict=True))
+        pairs = set(itertools.pairwise(row[:SOURCE]))
         asked = [(row[i - 1], token) for i, token in enumerate(wanted) if token != IGNORE]
         assert set(asked) <= pairs
         assert all(row[i] == token for i, token in enumerate(wanted) if token != IGNORE)

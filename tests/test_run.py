@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, run_cli, run_train
 
-from recipes.lineage import verify
+from recipes.lineage import verify, write_manifest
 
 
 @pytest.mark.slow
@@ -128,6 +131,26 @@ def test_the_gate_blocks_non_commercial_rows_for_commercial_use(
     assert json.loads(plan.stdout)["verdict"]["verdict"] == "allow"
 
 
+def test_a_folder_of_others_is_left_alone(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs" / "model" / "weights.bin"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    done = run_train(make_recipe(output=str(tmp_path / "theirs")))
+    assert done.returncode == 2 and "holds files that are no run of Retort (model)" in one_line(done)
+    assert theirs.read_text() == "mine" and sorted(p.name for p in (tmp_path / "theirs").iterdir()) == ["model"]
+
+
+def test_a_base_that_differs_from_its_manifest_is_refused(
+    make_recipe: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    write_manifest(base, {"kind": "model"})
+    (base / "config.json").write_text((base / "config.json").read_text() + " ")
+    done = run_train(make_recipe(model={"base": str(base)}))
+    assert done.returncode == 4 and "differs from its manifest: config.json" in one_line(done)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """A function that mounts a tmpfs of a given size; needs root on Linux."""
@@ -156,3 +179,26 @@ def test_a_full_disk_is_named(
     done = run_train(make_recipe(output=str(small_disk(size) / "run")))
     assert done.returncode == 1, done.stderr
     assert message in one_line(done)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_training_is_named(
+    small_disk: Callable[[str], Path], make_recipe: Callable[..., Path]
+) -> None:
+    """The space is there when the run begins, and gone when it writes its first checkpoint."""
+    folder = small_disk("64m")
+    recipe = make_recipe(
+        output=str(folder / "run"),
+        train={"tokens_per_step": 256, "seq_len": 128, "max_steps": 200, "save_every": 20, "device": "cpu"},
+    )
+    command = [sys.executable, str(ROOT / "finetune" / "train.py"), str(recipe)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (folder / "run" / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        with (folder / "filler").open("wb") as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(b"0" * 2**16)
+                filler.flush()
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 1, stderr
+    assert "Traceback" not in stderr and "free some space" in stderr.splitlines()[-1]

@@ -41,9 +41,7 @@ def chat(rng: random.Random) -> list[dict[str, str]]:
     notes = _notes(rng, clause)
     style = rng.choice(STYLES)
     if len(notes) == 1 or rng.random() < 0.8:
-        asked = [
-            (rng.choice(ASKED).format(n=_lower(name)), style.format(n=name, v=value)) for name, value in notes[:3]
-        ]
+        asked = [(rng.choice(ASKED).format(n=_lower(name)), style.format(n=name, v=value)) for name, value in notes[:3]]
     else:
         asked = [(rng.choice(ALL_NOTES), _lines(style, notes))]
     messages: list[dict[str, str]] = []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from conftest import colour_rows, run_cli, write_rows
 
 from data_prep.formats import to_row
-from data_prep.prepare import prepare, read_rows
+from data_prep.prepare import count_packs, prepare, read_rows
 from data_prep.readers import BadRecord, read_source
 from data_prep.steps import exact_dedup, holdout
 from recipes.errors import DataError
@@ -51,6 +53,9 @@ def test_mapped_parts_and_kept_columns() -> None:
         {"role": "assistant", "content": "A", "reasoning_content": "because"},
     )
     assert row.group == "g7" and row.extra["why"] == "because"
+    assert to_row({"messages": CHAT, "group": 0}, "f:1", Source(path="f")).group == "0"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, CHAT[1]]
+    assert to_row({"messages": parts}, "f:1", Source(path="f")).messages == tuple(CHAT)
 
 
 BAD_RECORDS: list[tuple[Any, dict[str, Any], str]] = [
@@ -232,3 +237,41 @@ def test_show_masks_prints_the_trained_tokens(make_recipe: Callable[..., Path], 
         assert f"[[{row['messages'][-1]['content']}<|im_end|>]]" in done.stdout
     assert done.stdout.count("[[") == 3  # two rows and the legend
     assert "in the loss" in done.stdout and "64" in done.stdout
+
+
+def test_packs_are_counted_as_they_will_be_made() -> None:
+    from finetune.trainers import pack
+
+    rng = random.Random(4)
+    for seq_len, count in ((1000, 300), (64, 900), (8, 50)):
+        lengths = [rng.randint(1, seq_len) for _ in range(count)]
+        data = datasets.Dataset.from_dict({"input_ids": [[1] * n for n in lengths]})
+        assert count_packs(lengths, seq_len) == len(pack(data, seq_len))
+    assert count_packs([600] * 1000, 1000) == 1000
+
+
+def test_a_share_held_out_shares_no_row_with_training(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    rows = colour_rows(40)
+    doubled = [{**row, "group": f"{copy}-{i}"} for copy in "ab" for i, row in enumerate(rows)]
+    data = write_rows(tmp_path / "doubled.jsonl", doubled)
+    recipe = load_recipe(make_recipe(data={"train": [{"path": str(data)}], "eval": {"fraction": 0.2}}))
+    prepared = prepare(recipe, tmp_path / "run")
+    ids = [{row["_id"] for row in read_rows(prepared.folder / f"{part}.parquet")} for part in ("train", "eval")]
+    assert not ids[0] & ids[1] and prepared.counts["dropped"] == {"in_eval": prepared.counts["dropped"]["in_eval"]}
+
+
+def test_held_out_rows_that_all_drop_out_stop_the_run(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "red"}]}
+    data = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "eval": [{"path": str(tmp_path / "long.jsonl")}]}
+    write_rows(tmp_path / "long.jsonl", [long])
+    with pytest.raises(DataError, match="no held-out row is left"):
+        prepare(load_recipe(make_recipe(data=data)), tmp_path / "run")
+
+
+def test_files_of_others_are_left_alone(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    theirs = tmp_path / "run" / "data" / "contracts.jsonl"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("{}")
+    done = run_cli("prepare", str(make_recipe()), cwd=tmp_path)
+    assert done.returncode == 4 and "holds files that Retort did not write" in done.stderr
+    assert theirs.read_text() == "{}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,23 @@ def test_the_step_stays_the_same_on_more_devices() -> None:
     assert two.micro_batch * two.gradient_accumulation == 80
 
 
+def test_rows_longer_than_the_context_are_refused() -> None:
+    asked = recipe(train={"tokens_per_step": 16_000, "seq_len": 1024})
+    small = replace(TINY, context=512)
+    with pytest.raises(RecipeError, match=r"train.seq_len: 1024 tokens are more than the context of a/b \(512\)"):
+        plan_layout(asked, CPU, small, 1000, 100.0, 400, 1)
+    plan_layout(asked, CPU, replace(TINY, context=1024), 1000, 100.0, 400, 1)
+    with pytest.raises(RecipeError, match="float16 trains on a GPU only"):
+        plan_layout(recipe(model={"base": "a/b", "dtype": "float16"}), CPU, None, 1000, 100.0, 400, 1)
+
+
 def test_packing_counts_sequences() -> None:
     asked = recipe(train={"tokens_per_step": 8192, "seq_len": 1024, "packing": True})
     layout = plan_layout(asked, CPU, TINY, rows=1000, mean_tokens=100.0, longest=400, world_size=1)
-    assert layout.rows_per_step == 8 and layout.tokens_per_step == 8192
+    # 100,000 tokens in 101 packs (97 % full) of 990 tokens each
+    assert layout.rows_per_step == 8 and layout.tokens_per_step == 7921
+    counted = plan_layout(asked, CPU, TINY, 1000, 600.0, 600, 1, packs=1000)  # no two rows of 600 fit together
+    assert (counted.steps, counted.rows_per_step, counted.tokens_per_step) == (72, 14, 8400)
     assert layout.steps == 13  # 100,000 tokens at 97 % full are 101 packs of 1024
 
 

@@ -83,12 +83,20 @@ def test_an_adapter_that_misses_the_experts_is_refused() -> None:
         assert found["experts"] == (2, 2) and found["q_proj"] == (2, 2)
 
 
+def test_a_module_to_save_that_is_not_there_is_refused() -> None:
+    asked = recipe(targets=["q_proj"], target_parameters=["mlp.experts.down_proj"], modules_to_save=["lm_hed"])
+    with pytest.raises(RecipeError, match=r"\['lm_hed'\] match no module"):
+        coverage(adapted(mixture(), recipe(targets=["q_proj"], target_parameters=["mlp.experts.down_proj"])), asked)
+
+
 @pytest.mark.slow
 def test_preflight_is_printed_kept_and_finds_bad_targets(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe_path = make_recipe(train={"tokens_per_step": 512, "seq_len": 128, "max_steps": 2, "device": "cpu"})
     wrong = run_train(recipe_path, "--set", "adapter.targets=[q_proj, w_qkv]")
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
     assert "w_qkv" in wrong.stderr
+    none = run_train(recipe_path, "--set", "adapter.targets=[w_qkv]")
+    assert none.returncode == 2 and "Traceback" not in none.stderr and "w_qkv" in none.stderr
     done = run_train(recipe_path)
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "run" / "preflight.json").read_text())

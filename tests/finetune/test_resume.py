@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_train
+from conftest import ROOT, run_cli, run_train
 
 TRAIN = {
     "tokens_per_step": 256,
@@ -102,6 +102,30 @@ def test_changed_recipe_finished_run_and_second_process(make_recipe: Callable[..
     assert other.returncode == 0 and "moved to" in other.stdout
     assert (tmp_path / "run.1" / "adapter" / "adapter_model.safetensors").read_bytes() == before
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_other_data_and_another_device_count_are_no_resumption(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe(train=TRAIN)
+    run, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    kill_when(recipe, lambda: last_step(run) >= 7)
+    plan = json.loads((run / "plan.json").read_text())
+    (run / "plan.json").write_text(json.dumps({**plan, "world_size": 2}))
+    spread = run_train(recipe)
+    assert spread.returncode == 1 and "was begun on 2 x cpu, this is 1 x cpu" in spread.stderr
+    (run / "plan.json").write_text(json.dumps(plan))
+    before = rows.read_bytes()
+    rows.write_bytes(before + before.splitlines(keepends=True)[0].replace(b"red", b"blue"))
+    changed = run_train(recipe)
+    assert changed.returncode == 2 and "rows.jsonl" in changed.stderr and "--fresh" in changed.stderr
+    prepared = (run / "data" / "train.parquet").read_bytes()
+    by_hand = run_cli("prepare", str(recipe), cwd=tmp_path)
+    assert by_hand.returncode == 4 and "is the data of a run, and would change" in by_hand.stderr
+    assert (run / "data" / "train.parquet").read_bytes() == prepared
+    rows.write_bytes(before)
+    assert run_train(recipe).returncode == 0
 
 
 def test_a_run_directory_takes_one_process(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
