@@ -87,7 +87,7 @@ def _open(recipe: Recipe, resume: bool, fresh: bool) -> Run:
     _require_ours(folder)
     lock = _lock(folder)
     notes: list[str] = []
-    found = _recipe_of(folder)
+    found = load_run_recipe(folder)
     finished = read_manifest(folder) is not None
     if found is not None and fresh:
         lock = _move_aside(folder, lock, notes)
@@ -162,7 +162,8 @@ def _require_ours(folder: Path) -> None:
         raise RecipeError(f"holds files that are no run of Retort ({names})", str(folder), "choose another output")
 
 
-def _recipe_of(folder: Path) -> Recipe | None:
+def load_run_recipe(folder: Path) -> Recipe | None:
+    """The resolved recipe that a run directory was made from; None where there is none."""
     path = folder / RECIPE
     if not path.is_file():
         return None

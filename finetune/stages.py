@@ -23,7 +23,7 @@ from finetune.models import load_base
 from finetune.runs import is_main, say
 from finetune.stats import Answer
 from finetune.trainers import BUILDERS, token_dataset
-from recipes.errors import DataError, RetortError
+from recipes.errors import DataError, RecipeError, RetortError
 from recipes.gate import Verdict
 from recipes.lineage import (
     build_manifest,
@@ -261,6 +261,23 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def load_tuned(recipe: Recipe, base: Any, folder: Path) -> Any:
+    """The model that a finished run made: its adapter on `base`, or its own weights.
+
+    Raises:
+        RecipeError: the run holds no trained weights.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    part = folder / ("adapter" if recipe.adapter is not None else "model")
+    if not part.is_dir():
+        raise RecipeError(f"holds no {part.name}/", str(folder), "train the recipe first")
+    if recipe.adapter is not None:
+        return PeftModel.from_pretrained(base, part)
+    return AutoModelForCausalLM.from_pretrained(part, dtype=base.dtype, use_safetensors=True).to(base.device)
+
+
 def tuned_result(
     recipe: Recipe, model: Any, tokenizer: Tokenizer, measured: list[dict[str, Any]], base: list[Answer], folder: Path
 ) -> dict[str, Any] | None:
@@ -283,8 +300,6 @@ def finish(
     result: dict[str, Any] | None,
 ) -> None:
     """Write the report, the model card, and last the manifest."""
-    from finetune.report import write_card, write_report
-
     for leftover in ("adapter_initial", "adapter_check"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     base = fetch(recipe.model.ref, True)
@@ -311,6 +326,13 @@ def finish(
         "counts": {**prepared.counts, "steps": layout.steps},
         "metrics": (result or {}).get("metrics", {}),
     }
+    publish(folder, content)
+
+
+def publish(folder: Path, content: dict[str, Any]) -> None:
+    """Write the report and the model card of a run, and last its manifest."""
+    from finetune.report import write_card, write_report
+
     # The report shows the manifest and the manifest lists the report: what it shows is this draft, all but final.
     draft = build_manifest(folder, content, _result_files(folder))
     write_card(folder, draft)

@@ -121,6 +121,15 @@ def _train(recipe: Path, overrides: list[str], resume: bool, fresh: bool) -> Non
     os.execv(sys.executable, [sys.executable, str(script), str(recipe), *options, *flags])
 
 
+@app.command("eval")
+@_one_line
+def evaluate(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Measure a finished run again, with the eval section as it is now."""
+    from finetune.remeasure import remeasure
+
+    remeasure(load_recipe(recipe, set_ or ()))
+
+
 @app.command()
 @_one_line
 def report(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.readers import source_files
 from finetune.layout import Device, Layout, ModelFacts, find_device, model_facts, plan_layout
-from recipes.errors import DataError, RetortError
+from recipes.errors import DataError, RecipeError, RetortError
 from recipes.gate import check
 from recipes.lineage import read_manifest
 from recipes.refs import require_model_folder
@@ -24,6 +24,9 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     """
     device = find_device(recipe.train.device)
     folder = require_model_folder(recipe.model.ref, "model.base") or _cached(recipe)
+    template = recipe.model.chat_template
+    if template is not None and not Path(template).is_file():
+        raise RecipeError(f"there is no file {template}", "model.chat_template", f"looked in {Path.cwd()}")
     facts = model_facts(folder) if folder is not None else None
     data = _data(recipe)
     layout = _layout(recipe, device, facts, data)

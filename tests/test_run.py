@@ -202,3 +202,25 @@ def test_a_disk_that_fills_up_while_training_is_named(
         _, stderr = process.communicate(timeout=300)
     assert process.returncode == 1, stderr
     assert "Traceback" not in stderr and "free some space" in stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [{"r": 4}, None])
+def test_a_finished_run_can_be_measured_again(
+    adapter: dict[str, Any] | None, make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe(adapter=adapter)
+    early = run_cli("eval", str(recipe), cwd=tmp_path)
+    assert early.returncode == 2 and "holds no finished run" in one_line(early)
+    assert run_train(recipe).returncode == 0
+    run = tmp_path / "run"
+    first = json.loads((run / "eval.json").read_text())
+    again = run_cli("eval", str(recipe), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((run / "eval.json").read_text()) == first
+    fewer = run_cli("eval", str(recipe), "--set", "eval.samples=4", "--set", "eval.metrics=[token_f1]", cwd=tmp_path)
+    assert fewer.returncode == 0, fewer.stderr
+    result = json.loads((run / "eval.json").read_text())
+    assert result["n"] == 4 and set(result["metrics"]) == {"token_f1"} and verify(run) == []
+    other = run_cli("eval", str(recipe), "--set", "seed=7", cwd=tmp_path)
+    assert other.returncode == 2 and "holds a run of another recipe (seed)" in one_line(other)

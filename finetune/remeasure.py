@@ -1,0 +1,46 @@
+"""`retort eval RECIPE`: measure a finished run again, on other rows or with other metrics, without training."""
+
+from __future__ import annotations
+
+from data_prep.prepare import prepare, read_rows
+from finetune import evals, stages
+from finetune.layout import find_device
+from finetune.runs import changed_keys, load_run_recipe, say
+from recipes.errors import RecipeError
+from recipes.gate import check
+from recipes.lineage import read_manifest, verify
+from recipes.schema import Recipe
+
+
+def remeasure(recipe: Recipe) -> None:
+    """Measure base and tuned model again; rewrites eval.json, samples, report, card and manifest of the run.
+
+    Raises:
+        RecipeError: no finished run is there, or the recipe differs from the run's in more than `eval`.
+        DataError: files of the run were changed.
+    """
+    check(recipe).require()
+    folder = recipe.run_dir
+    manifest, trained = read_manifest(folder), load_run_recipe(folder)
+    if manifest is None or trained is None:
+        raise RecipeError("holds no finished run", str(folder), "train the recipe first")
+    changed = [key for key in changed_keys(trained, recipe) if not key.startswith("eval.")]
+    if changed:
+        raise RecipeError(
+            f"holds a run of another recipe ({', '.join(changed[:4])})", str(folder), "change nothing but eval"
+        )
+    if wrong := [n for n in verify(folder) if n.startswith(("adapter/", "model/"))]:
+        raise RecipeError(f"trained weights differ from the manifest ({', '.join(wrong)})", str(folder), "train again")
+    prepared = prepare(recipe, folder, keep=True)
+    held_out = read_rows(prepared.folder / "eval.parquet") if prepared.counts["eval_rows"] else []
+    rows = evals.choose_rows(held_out, recipe)
+    if not rows:
+        raise RecipeError("there is nothing to measure on", "data.eval", "name held-out rows")
+    device = find_device(recipe.train.device)
+    model = stages.load(recipe, prepared.tokenizer, device)
+    base = stages.base_answers(recipe, model, prepared.tokenizer, rows, folder)
+    tuned = stages.load_tuned(recipe, model, folder)
+    result = stages.tuned_result(recipe, tuned, prepared.tokenizer, rows, base, folder)
+    content = {k: v for k, v in manifest.items() if k not in {"created", "retort_version", "files"}}
+    stages.publish(folder, {**content, "metrics": (result or {}).get("metrics", {})})
+    say(stages.result_table(folder), f"report and model card are in {folder}")
