@@ -17,7 +17,6 @@ The same seed, packages, processor and thread count give the same files; others 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import random
 import shutil
@@ -69,19 +68,27 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(options.seed)
     write_arithmetic(options.output / "arithmetic", options.seed)
-    tokenizer = make_tokenizer(options.seed)
     budget = {part: int(tokens * (0.004 if options.quick else 1)) for part, tokens in BUDGET.items()}
 
-    tiny = new_model("tiny", tokenizer)
-    save(tiny, "tiny", tokenizer, options, read(tiny, tokenizer, budget, options.seed), parents=[])
+    if "tiny" in options.models:
+        tokenizer = make_tokenizer(options.seed)
+        tiny = new_model("tiny", tokenizer)
+        save(tiny, "tiny", tokenizer, options, read(tiny, tokenizer, budget, options.seed), parents=[])
+    if "tiny-teacher" in options.models:
+        build_teacher(options, budget["tuning"])
+    print(f"built in {(time.monotonic() - start) / 60:.1f} minutes")
 
+
+def build_teacher(options: argparse.Namespace, tokens: int) -> None:
+    """Grow the `tiny` in the output folder, and tune it."""
+    torch.manual_seed(options.seed)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.output / "tiny")
     teacher = new_model("tiny-teacher", tokenizer)
-    grow(tiny, teacher)
-    facts = {"training": {"tuning": tune(teacher, tokenizer, budget["tuning"], options.seed)}}
+    grow(LlamaForCausalLM.from_pretrained(options.output / "tiny", dtype=torch.float32), teacher)
+    facts = {"training": {"tuning": tune(teacher, tokenizer, tokens, options.seed)}}
     data = [{"role": "data", "ref": f"embedded:{name}", "license": "CC0-1.0"} for name in ("legal", "arithmetic")]
     base = {"role": "base", "ref": "embedded:tiny", "license": "Apache-2.0"}
     save(teacher, "tiny-teacher", tokenizer, options, facts, parents=[base, *data])
-    print(f"built in {(time.monotonic() - start) / 60:.1f} minutes")
 
 
 def parse_options() -> argparse.Namespace:
@@ -91,6 +98,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--quick", action="store_true", help="a few steps only: the models will be useless")
+    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES), help="which to build")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -210,7 +218,7 @@ def save(
     """Write the model to a temporary folder in bfloat16, measure what was written, and rename it into place."""
     folder, temporary = options.output / name, options.output / f".{name}.new"
     shutil.rmtree(temporary, ignore_errors=True)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(temporary)  # the teacher grows from the float32 weights
+    model.to(torch.bfloat16).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(temporary)

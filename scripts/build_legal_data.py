@@ -122,13 +122,18 @@ def _clause(rng: Random, split: str, clause_type: ClauseType, wording: Wording, 
     text = " ".join(slots.fill(part, scope) for scope, part in parts)
     text = re.sub(r"\.\.(?= |$)", ".", text)  # "Inc." at the end of a sentence
     ask = wording.ask | ({"A": "the {x}", "B": "the {y}"} if names_parties else {})
-    questions = [_type_question(rng, split, clause_type), *_extractions(rng, split, slots, ask)]
-    if wording.yesno and rng.random() < 0.68:
-        asked = slots.fill(_choose(rng, wording.yesno, positive))
-        questions.append(Question("obligation", "obligation", asked, "yes" if positive else "no"))
+    left = dict(ask)
+    questions = [_type_question(rng, split, clause_type), *_extractions(rng, split, slots, left, (1.0, 0.2))]
+    polar = [wording.yesno] if wording.yesno else []
+    if polar and rng.random() < 0.68:
+        questions.append(_polar_question(rng, slots, polar.pop(), positive))
     skeleton = " ".join(part for _, part in parts)
-    names = Random(text)  # a generator of its own: the rows do not depend on whether somebody wants the terms
-    terms = {slots.fill(_choose(names, phrase, True)): slots.values[slot] for slot, phrase in ask.items()}
+    # A generator of its own: the clauses that follow do not depend on how much is asked about this one.
+    more = Random(text)
+    terms = {slots.fill(_choose(more, phrase, True)): slots.values[slot] for slot, phrase in ask.items()}
+    if split == "train":  # a clause that is read once may as well answer all it can
+        questions += _extractions(more, split, slots, left, (0.8,) * len(left))
+        questions += [_polar_question(more, slots, question, positive) for question in polar]
     return Clause(text, clause_type.label, wording.id, slots.values, skeleton, terms, tuple(questions))
 
 
@@ -191,9 +196,17 @@ def _type_question(rng: Random, split: str, clause_type: ClauseType) -> Question
     return Question("type", "type", _phrasing(rng, split, "type"), clause_type.label)
 
 
-def _extractions(rng: Random, split: str, slots: Slots, ask: dict[str, str]) -> Iterator[Question]:
-    left = dict(ask)
-    for chance in (1.0, 0.2):
+def _polar_question(rng: Random, slots: Slots, question: str, positive: bool) -> Question:
+    return Question(
+        "obligation", "obligation", slots.fill(_choose(rng, question, positive)), "yes" if positive else "no"
+    )
+
+
+def _extractions(
+    rng: Random, split: str, slots: Slots, left: dict[str, str], chances: tuple[float, ...]
+) -> Iterator[Question]:
+    """Questions for values in `left`, which is used up: one for each chance, until a chance is missed."""
+    for chance in chances:
         if not left or rng.random() > chance:
             return
         slot = rng.choices(list(left), [FIELD_WEIGHTS[FIELDS[name]] for name in left])[0]
