@@ -312,6 +312,8 @@ def finish(
             {
                 "role": "base",
                 "ref": str(recipe.model.ref),
+                # A hub model lies in snapshots/<commit>: with it the run can be repeated when `main` has moved on.
+                "revision": base.name if recipe.model.ref.kind == "hub" else None,
                 "sha256": sha256_path(base),
                 "license": recipe.model.license or parent.get("license"),
             },

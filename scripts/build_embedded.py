@@ -51,13 +51,13 @@ ARITHMETIC_ROWS = {"train": 3000, "heldout": 400}
 
 # Share of documents by part. Arithmetic chat mostly answers without working, so the base stays a weak calculator.
 PARTS: dict[str, tuple[float, Callable[[random.Random], Any]]] = {
-    "everyday text": (0.05, general.document),
+    "everyday text": (0.04, general.document),
     "text that repeats itself": (0.12, general.repeating_document),
-    "contract text": (0.22, legal.document),
+    "contract text": (0.30, legal.document),
     "contract chat": (0.22, legal.chat),
-    "everyday chat": (0.12, everyday.chat),
-    "arithmetic text": (0.20, arithmetic.document),
-    "arithmetic chat": (0.08, lambda rng: arithmetic.chat(rng, thinking=0.25)),
+    "everyday chat": (0.10, everyday.chat),
+    "arithmetic text": (0.18, arithmetic.document),
+    "arithmetic chat": (0.06, lambda rng: arithmetic.chat(rng, thinking=0.25)),
 }
 
 

@@ -224,3 +224,23 @@ def test_a_finished_run_can_be_measured_again(
     assert result["n"] == 4 and set(result["metrics"]) == {"token_f1"} and verify(run) == []
     other = run_cli("eval", str(recipe), "--set", "seed=7", cwd=tmp_path)
     assert other.returncode == 2 and "holds a run of another recipe (seed)" in one_line(other)
+
+
+@pytest.mark.slow
+def test_a_hub_model_comes_from_the_cache_and_its_commit_is_recorded(
+    make_recipe: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    """The hub's own cache layout, filled by hand: the real loading code runs, offline."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--acme--tiny"
+    shutil.copytree(tiny_model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")}
+    recipe = make_recipe(model={"base": "acme/tiny"})
+    done = run_train(recipe, env=environment)
+    assert done.returncode == 0, done.stderr
+    base = json.loads((tmp_path / "run" / "manifest.json").read_text())["inputs"][0]
+    assert (base["ref"], base["revision"]) == ("acme/tiny", commit)
+    absent = run_train(recipe, "--set", "model.base=acme/other@v1", "--fresh", env=environment)
+    assert absent.returncode == 2 and "acme/other@v1 cannot be fetched" in one_line(absent)
