@@ -70,7 +70,7 @@ def test_regenerating_gives_the_committed_bytes() -> None:
         assert (TARGET / name).read_bytes() == data, name
     assert build(SEED) == files
     assert build(SEED + 1)["train.jsonl"] != files["train.jsonl"]
-    assert sum(map(len, files.values())) < 6_000_000
+    assert sum(map(len, files.values())) < 7_500_000
 
 
 def test_check_exits_1_when_a_file_differs(
@@ -94,16 +94,18 @@ def test_every_type_has_the_same_number_of_clauses(tables: dict[str, Any], split
     assert set(counts.values()) == {SIZES[split] // 17}
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
-def test_every_clause_has_one_type_question_and_the_tasks_have_their_shares(tables: dict[str, Any], split: str) -> None:
+@pytest.mark.parametrize(("split", "shares"), [("train", (0.31, 0.48, 0.21)), ("heldout", (0.40, 0.40, 0.20))])
+def test_every_clause_has_one_type_question_and_the_tasks_have_their_shares(
+    tables: dict[str, Any], split: str, shares: tuple[float, float, float]
+) -> None:
+    """A training clause is asked about nearly all that it says, a held-out one about some of it."""
     rows = tables[split]
     type_questions = Counter(row["group"] for row in rows if row["task"] == "type")
     assert set(type_questions) == {row["group"] for row in rows}
     assert set(type_questions.values()) == {1}
     share = {task: count / len(rows) for task, count in Counter(row["task"] for row in rows).items()}
-    assert share["type"] == pytest.approx(0.40, abs=0.03)
-    assert share["extract"] == pytest.approx(0.40, abs=0.04)
-    assert share["obligation"] == pytest.approx(0.20, abs=0.03)
+    for task, expected in zip(("type", "extract", "obligation"), shares, strict=True):
+        assert share[task] == pytest.approx(expected, abs=0.03)
     fields = Counter(row["field"] for row in rows if row["task"] == "extract")
     assert set(fields) == {"party", "date", "amount", "notice"}
     assert min(fields.values()) / sum(fields.values()) > 0.12
