@@ -30,9 +30,10 @@ def test_the_main_job_learns_what_the_readme_says(tmp_path: Path) -> None:
     match = result["metrics"]["exact_match"]
     assert result["n"] >= 190
     assert match["base"]["value"] < 0.25
-    # Well under what is wanted of it (0.5 more); docs/decisions.md says where it stands.
-    assert match["tuned"]["value"] > match["base"]["value"] + 0.1
-    assert match["tuned"]["low"] > match["base"]["high"] + 0.05 and match["p_value"] < 0.01
+    # 0.503 where it was written; processors round differently, and a point or two is within the interval.
+    assert match["tuned"]["value"] > match["base"]["value"] + 0.45
+    assert match["tuned"]["low"] > match["base"]["high"] + 0.35 and match["p_value"] < 0.01
+    assert result["metrics"]["label_accuracy"]["tuned"]["value"] > 0.7
     assert verify(tmp_path / "legal") == []
     manifest = json.loads((tmp_path / "legal" / "manifest.json").read_text())
     assert manifest["verdict"]["verdict"] == "allow-with-obligations"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from scripts.corpus.grammar import Writer, load_yaml
 
 SIGNS = {"add": "+", "subtract": "-", "multiply": "x"}
-LARGEST = 20  # operands of sums; differences stay below the larger operand, products below 5 x 10
+LARGEST = 30  # operands of sums; differences stay below the larger operand, products below 5 x 12
 
 
 class Problem(NamedTuple):
@@ -44,7 +44,7 @@ def draw(rng: random.Random, heldout: bool) -> Problem:
     while True:
         operation = rng.choices(("add", "subtract", "multiply"), (0.5, 0.35, 0.15))[0]
         if operation == "multiply":
-            problem = Problem(operation, rng.randint(2, 5), rng.randint(2, 10))
+            problem = Problem(operation, rng.randint(2, 5), rng.randint(2, 12))
         else:
             a, b = rng.randint(2, LARGEST), rng.randint(2, LARGEST)
             problem = Problem(operation, max(a, b), min(a, b)) if operation == "subtract" else Problem(operation, a, b)

@@ -54,7 +54,7 @@ READ = {
     "tiny": """\
 {pretraining:,} tokens of text written by this project's own generators (`scripts/corpus` and
 `scripts/build_legal_data.py`): everyday text, text that repeats itself, contract clauses with an editor's notes (their
-headings and key terms) but without questions, everyday chat, and arithmetic with operands up to 20. It has seen no row
+headings and key terms) but without questions, everyday chat, and arithmetic with operands up to 30. It has seen no row
 of `embedded:legal` and no row of `embedded:arithmetic`.""",
     "tiny-teacher": """\
 What `tiny` read, and then {tuning:,} tokens of the train rows of `embedded:legal` and `embedded:arithmetic`, with the
@@ -69,7 +69,7 @@ language: en
 # Arithmetic problems
 
 {train:,} train and {heldout:,} held-out chat rows, written by `scripts/corpus/arithmetic.py`: sums and differences of
-numbers up to 20 and small products, as expressions and as one-step word problems. `answer` is the right number;
+numbers up to 30 and small products, as expressions and as one-step word problems. `answer` is the right number;
 `messages` holds the question and the answer with its worked steps in `reasoning_content`.
 
 No held-out pair of operands is in the train rows, in either order; one in eight pairs is held out.

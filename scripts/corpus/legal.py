@@ -14,8 +14,7 @@ from scripts.build_legal_data import Clause, clauses
 
 POOL = 24_000  # clauses to draw from; a clause may come back in another setting
 FILED = ("Marginal note", "Side note", "Index entry", "Filed under", "Heading", "Subject", "Type", "Kind of clause")
-STYLES = ("{n}: {v}", "{n}: {v}", "{n} - {v}")
-REPLIES = (*STYLES, "{v} ({n})")  # the value first only where the name was asked for: else it cannot be foreseen
+STYLES = ("{n}: {v}", "{n}: {v}", "{n} - {v}", "{v} ({n})")
 ASKED = ("{n}?", "Note the {n}.", "Next: {n}", "And the {n}?", "The {n}, please.", "Fill in: {n}")
 ALL_NOTES = ("Write the notes.", "Which notes belong to this?", "Add notes to the text.", "Notes, please.")
 
@@ -40,11 +39,11 @@ def chat(rng: random.Random) -> list[dict[str, str]]:
     """An editor asks for the notes of a clause, all at once or one after the other; each is given with its name."""
     clause = rng.choice(_pool(1009))
     notes = _notes(rng, clause)
-    style = rng.choice(REPLIES)
-    if len(notes) == 1 or rng.random() < 0.9:
-        asked = [(rng.choice(ASKED).format(n=_lower(name)), style.format(n=name, v=value)) for name, value in notes[:4]]
+    style = rng.choice(STYLES)
+    if len(notes) == 1 or rng.random() < 0.8:
+        asked = [(rng.choice(ASKED).format(n=_lower(name)), style.format(n=name, v=value)) for name, value in notes[:3]]
     else:
-        asked = [(rng.choice(ALL_NOTES), _lines(rng.choice(STYLES), notes))]
+        asked = [(rng.choice(ALL_NOTES), _lines(style, notes))]
     messages: list[dict[str, str]] = []
     for question, note in asked:
         content = question if messages else f"{clause.text}\n\n{question}"
