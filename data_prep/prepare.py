@@ -18,7 +18,7 @@ from data_prep.readers import BadRecord, read_source, source_files
 from data_prep.steps import STEPS, Verdicts, holdout, not_in
 from data_prep.tokens import Tokenizer, load_tokenizer
 from recipes.errors import DataError, RetortError
-from recipes.gate import check
+from recipes.gate import check, stated_licence
 from recipes.lineage import (
     cannot_write,
     code_state,
@@ -138,7 +138,8 @@ def source_inputs(recipe: Recipe) -> list[dict[str, Any]]:
                 digest = sha256_json([[f.name, sha256_file(f)] for f in files]) if files else None
             except OSError as error:
                 raise DataError(f"cannot be read ({error.strerror})", str(source)) from None
-            entries.append({"role": role, "ref": str(source), "sha256": digest, "license": source.license})
+            licence, _ = stated_licence(source.ref, source.license)
+            entries.append({"role": role, "ref": str(source), "sha256": digest, "license": licence})
     return entries
 
 

@@ -24,7 +24,7 @@ from finetune.runs import is_main, say
 from finetune.stats import Answer
 from finetune.trainers import BUILDERS, token_dataset
 from recipes.errors import DataError, RecipeError, RetortError
-from recipes.gate import Verdict
+from recipes.gate import Verdict, stated_licence
 from recipes.lineage import (
     build_manifest,
     cannot_write,
@@ -315,7 +315,7 @@ def finish(
                 # A hub model lies in snapshots/<commit>: with it the run can be repeated when `main` has moved on.
                 "revision": base.name if recipe.model.ref.kind == "hub" else None,
                 "sha256": sha256_path(base),
-                "license": recipe.model.license or parent.get("license"),
+                "license": stated_licence(recipe.model.ref, recipe.model.license)[0] or parent.get("license"),
             },
             *prepared.manifest["inputs"],
         ],

@@ -87,13 +87,14 @@ def check(recipe: Recipe) -> Verdict:
 
 def _assets(recipe: Recipe) -> Iterable[tuple[str, str | None, str]]:
     """(name, licence as stated, where) of base and data."""
-    yield (str(recipe.model.ref), *_licence(recipe.model.ref, recipe.model.license))
+    yield (str(recipe.model.ref), *stated_licence(recipe.model.ref, recipe.model.license))
     sources = [*recipe.data.train, *(recipe.data.eval if isinstance(recipe.data.eval, tuple) else ())]
     for source in sources:
-        yield (str(source), *_licence(source.ref, source.license))
+        yield (str(source), *stated_licence(source.ref, source.license))
 
 
-def _licence(ref: Ref, claimed: str | None) -> tuple[str | None, str]:
+def stated_licence(ref: Ref, claimed: str | None) -> tuple[str | None, str]:
+    """The licence that an asset or the recipe states for it (None: nobody states one), and who says so."""
     if ref.kind == "embedded":
         # Shipped with Retort: Apache-2.0 models, CC0 data; their folders hold the licence texts.
         is_model = ref.path is not None and (ref.path / "config.json").is_file()

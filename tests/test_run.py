@@ -37,7 +37,8 @@ def test_the_main_job_learns_what_the_readme_says(tmp_path: Path) -> None:
     assert verify(tmp_path / "legal") == []
     manifest = json.loads((tmp_path / "legal" / "manifest.json").read_text())
     assert manifest["verdict"]["verdict"] == "allow-with-obligations"
-    assert manifest["inputs"][0]["license"] == "Apache-2.0" and len(manifest["inputs"][0]["sha256"]) == 64
+    assert [i["license"] for i in manifest["inputs"]] == ["Apache-2.0", "CC0-1.0", "CC0-1.0"]
+    assert len(manifest["inputs"][0]["sha256"]) == 64
     for name in ("report.html", "README.md", "adapter/adapter_model.safetensors", "samples.jsonl", "masks.json"):
         assert (tmp_path / "legal" / name).stat().st_size > 100
 
