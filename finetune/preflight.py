@@ -194,23 +194,22 @@ def probe(trainer: Any, layout: Layout) -> dict[str, Any]:
         MemoryFitError: out of memory.
     """
     states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    data = trainer.train_dataset
-    lengths = [len(ids) for ids in data["input_ids"]]
-    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[: layout.micro_batch]
-    batch = trainer.data_collator([data[i] for i in longest])
-    held_out = trainer.eval_dataset if trainer.eval_dataset is not None else data
-    by_length = sorted(range(len(held_out)), key=lambda i: -len(held_out[i]["input_ids"]))[: layout.micro_batch]
-    evaluated = trainer.data_collator([held_out[i] for i in by_length])
+    batch = _longest_batch(trainer, trainer.train_dataset, layout.micro_batch)
+    held_out = batch
+    if trainer.eval_dataset is not None:
+        held_out = _longest_batch(trainer, trainer.eval_dataset, layout.micro_batch)
     model = trainer.model
     try:
-        seconds, evaluation = _timed_passes(trainer, model, batch, evaluated)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+        seconds, evaluation = _timed_passes(trainer, model, batch, held_out)
+    except RuntimeError as error:
         if not out_of_memory(error):
             raise
         smaller = max(1, layout.micro_batch // 2)
         remedy = f"set train.micro_batch: {smaller}" if layout.micro_batch > 1 else "shorten train.seq_len"
         raise MemoryFitError(
-            f"the longest batch ({layout.micro_batch} x {max(lengths)} tokens) does not fit", "pre-flight", remedy
+            f"the longest batch ({layout.micro_batch} x {batch['input_ids'].shape[1]} tokens) does not fit",
+            "pre-flight",
+            remedy,
         ) from None
     finally:
         model.zero_grad(set_to_none=True)
@@ -225,6 +224,13 @@ def probe(trainer: Any, layout: Layout) -> dict[str, Any]:
         "eval_seconds": evaluation,
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def _longest_batch(trainer: Any, data: Any, rows: int) -> dict[str, Any]:
+    lengths = [len(ids) for ids in data["input_ids"]]
+    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:rows]
+    batch: dict[str, Any] = trainer.data_collator([data[i] for i in longest])
+    return batch
 
 
 def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any], held_out: dict[str, Any]) -> tuple[float, float]:

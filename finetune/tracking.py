@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import RecipeError
-from recipes.schema import Recipe
+from recipes.schema import Recipe, Wandb
 
 NAMES = {
     "loss": "train/loss",
@@ -78,19 +78,16 @@ def start(recipe: Recipe, run_dir: Path, run_id: str) -> Tracker:
     if ask is None or mode is None:
         return Tracker()
     try:
-        return _open(recipe, run_dir, run_id, mode)
+        return _open(ask, recipe, run_dir, run_id, mode)
     except RecipeError as error:
         if ask.mode != "auto" or mode != "online":
             raise
         print(f"{error.message}; tracking goes on offline (wandb sync sends it later)", flush=True)
-        return _open(recipe, run_dir, run_id, "offline")
+        return _open(ask, recipe, run_dir, run_id, "offline")
 
 
-def _open(recipe: Recipe, run_dir: Path, run_id: str, mode: str) -> Tracker:
+def _open(ask: Wandb, recipe: Recipe, run_dir: Path, run_id: str, mode: str) -> Tracker:
     import wandb
-
-    ask = recipe.track.wandb
-    assert ask is not None
 
     settings = wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=False)
     try:

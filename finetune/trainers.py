@@ -71,13 +71,12 @@ def check_extra(recipe: Recipe) -> None:
     from trl import SFTConfig
 
     fields = {f.name: f for f in dataclasses.fields(SFTConfig) if f.init}
-    known = set(fields)
     for name, value in recipe.train.extra.items():
         place = f"train.extra.{name}"
         if name in OWNED:
             raise RecipeError(f"'{name}' is decided by the recipe itself", place, f"set {OWNED[name]}")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
             raise RecipeError("no such field of SFTConfig", place, f"did you mean '{close[0]}'?" if close else None)
         choices = fields[name].metadata.get("choices")
         if choices and value not in choices:

@@ -4,7 +4,8 @@
     python -m scripts.build_embedded --quick --output DIR  # a few steps, to see that it runs
 
 All text is written by the generators in scripts/corpus and scripts/build_legal_data.py. `tiny` first practises copying,
-then reads everyday text, contract clauses with an editor's notes but without questions, arithmetic and everyday chat.
+then reads everyday text, contract clauses with an editor's notes, chats that ask for such notes, arithmetic and
+everyday chat; none of it is a row or a question of the tasks.
 The teacher is `tiny` grown to nearly four times its parameters and tuned on the train rows of `embedded:legal` and
 `embedded:arithmetic`, which the base never sees. `tiny` is committed; the teacher is not yet good enough to be: it
 answers 45% of the held-out legal rows and 12% of the arithmetic ones.

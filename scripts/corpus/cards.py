@@ -19,7 +19,8 @@ library_name: transformers
 {what}
 
 It is a Llama-shaped network of {parameters:,} parameters with a byte-level vocabulary of {vocabulary:,} tokens, trained
-by `scripts/build_embedded.py` on 2 CPU cores. {start}
+by `scripts/build_embedded.py` on 2 CPU cores.
+{start}
 It exists so that every recipe of this project can be run, measured and tested without a network, a GPU or a model hub.
 It is no lawyer, no calculator and no source of facts.
 
@@ -53,9 +54,10 @@ START = {
 READ = {
     "tiny": """\
 {pretraining:,} tokens of text written by this project's own generators (`scripts/corpus` and
-`scripts/build_legal_data.py`): everyday text, text that repeats itself, contract clauses with an editor's notes (their
-headings and key terms) but without questions, everyday chat, and arithmetic with operands up to 30. It has seen no row
-of `embedded:legal` and no row of `embedded:arithmetic`.""",
+`scripts/build_legal_data.py`): everyday text, text that repeats itself, contract clauses in the train wordings of
+`embedded:legal` with an editor's notes (their headings and key terms), chats in which an editor asks for such a note,
+everyday chat, and arithmetic with operands up to 30. It has seen no row, no question and no held-out wording of
+`embedded:legal`, and no row of `embedded:arithmetic`.""",
     "tiny-teacher": """\
 What `tiny` read, and then {tuning:,} tokens of the train rows of `embedded:legal` and `embedded:arithmetic`, with the
 loss on the answers only.""",
