@@ -18,7 +18,7 @@ from data_prep.readers import BadRecord, read_source, source_files
 from data_prep.steps import STEPS, Verdicts, holdout, not_in
 from data_prep.tokens import Tokenizer, load_tokenizer
 from recipes.errors import DataError, RetortError
-from recipes.gate import check, stated_licence
+from recipes.gate import check
 from recipes.lineage import (
     cannot_write,
     code_state,
@@ -26,10 +26,13 @@ from recipes.lineage import (
     read_manifest,
     sha256_file,
     sha256_json,
+    sha256_path,
     verify,
     write_manifest,
 )
+from recipes.papers import cached
 from recipes.schema import Holdout, Recipe, Source
+from recipes.sources import changed_papers, lineage
 
 GENERATOR_COLUMNS = ("_teacher", "generator", "teacher", "model")
 
@@ -95,6 +98,9 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False) -> Prepared:
     if manifest is not None and manifest.get("fingerprint") == key:
         if wrong := verify(folder):
             raise DataError(f"was changed after it was prepared: {', '.join(wrong)}", str(folder), "delete the folder")
+        if wrong := _swapped(recipe, manifest):
+            remedy = "restore it, or delete the folder to prepare and judge again"
+            raise DataError(f"was made when these were otherwise: {', '.join(wrong[:4])}", str(folder), remedy)
         return Prepared(folder, manifest, reused=True, tokenizer=tokenizer)
     if manifest is not None and keep:
         raise DataError("is the data of a run, and would change", str(folder), "choose another output")
@@ -121,7 +127,26 @@ def changed_inputs(recipe: Recipe, run_dir: Path) -> list[str]:
     if manifest is None:
         return []
     before = {(i["role"], i["ref"]): i["sha256"] for i in manifest["inputs"]}
-    return [i["ref"] for i in source_inputs(recipe) if before.get((i["role"], i["ref"])) != i["sha256"]]
+    changed = [i["ref"] for i in source_inputs(recipe) if before.get((i["role"], i["ref"])) != i["sha256"]]
+    return changed + _swapped(recipe, manifest)
+
+
+def _swapped(recipe: Recipe, manifest: dict[str, Any]) -> list[str]:
+    """The base, its commit, and the cards and licence texts that are not what the data's manifest was made with."""
+    before = manifest.get("base", {})
+    if before.get("ref") != str(recipe.model.ref):
+        return []
+    swapped = [before["ref"]] if before != base_state(recipe) else []
+    return swapped + changed_papers(manifest.get("lineage", []), recipe)
+
+
+def base_state(recipe: Recipe) -> dict[str, Any]:
+    """What the base is now: the hash of a folder's files, the commit of a hub repository."""
+    ref, path = recipe.model.ref, recipe.model.ref.path
+    if path is not None:
+        return {"ref": str(ref), "sha256": sha256_path(path)}
+    folder = cached(ref.name, ref.revision)
+    return {"ref": str(ref), "commit": folder.name if folder else None}
 
 
 def source_inputs(recipe: Recipe) -> list[dict[str, Any]]:
@@ -138,7 +163,7 @@ def source_inputs(recipe: Recipe) -> list[dict[str, Any]]:
                 digest = sha256_json([[f.name, sha256_file(f)] for f in files]) if files else None
             except OSError as error:
                 raise DataError(f"cannot be read ({error.strerror})", str(source)) from None
-            licence, _ = stated_licence(source.ref, source.license)
+            licence = "CC0-1.0" if source.embedded is not None else source.license
             entries.append({"role": role, "ref": str(source), "sha256": digest, "license": licence})
     return entries
 
@@ -300,6 +325,8 @@ def _write(
         "code": code_state(),
         "packages": packages(),
         "verdict": check(recipe).as_dict(),
+        "lineage": lineage(recipe),
+        "base": base_state(recipe),
         "counts": _counts(masked, sieve, recipe.train.seq_len),
         "generators": dict(sieve.generators),
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "notes": list(tokenizer.notes)},

@@ -24,6 +24,7 @@ from finetune.run_files import (
     read_run,
     rows_of,
     table_of,
+    duties_of,
     words_of,
 )
 from recipes.lineage import version, write_atomic
@@ -118,7 +119,7 @@ def card_view(run: RunFiles) -> dict[str, Any]:
         "headline": headline(metrics),
         "n": count(run.evaluation.get("n")),
         "verdict": str(dig(verdict, "verdict") or "not judged"),
-        "obligations": words_of(dig(verdict, "obligations")),
+        "obligations": duties_of(verdict),
         "unknown": words_of(dig(verdict, "unknown")),
         "attestations": rows_of(recipe.get("attest")),
         "parameters": count(parameters),

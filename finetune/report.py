@@ -35,6 +35,7 @@ from finetune.run_files import (
     rows_of,
     size,
     table_of,
+    duties_of,
     words_of,
 )
 from recipes.lineage import write_atomic
@@ -155,7 +156,7 @@ def _verdict(run: RunFiles) -> dict[str, Any]:
         "title": title,
         "text": text if run.manifest else "The verdict is kept in the manifest, which was not written.",
         "reasons": rows_of(verdict.get("reasons")),
-        "obligations": words_of(verdict.get("obligations")),
+        "obligations": duties_of(verdict),
         "unknown": words_of(verdict.get("unknown")),
         "attestations": rows_of(run.recipe.get("attest")),
     }

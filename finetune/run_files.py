@@ -208,6 +208,15 @@ def words_of(value: Any) -> list[str]:
     return [str(word) for word in value] if isinstance(value, (list, tuple)) else []
 
 
+def duties_of(verdict: Any) -> list[str]:
+    """The obligations of a verdict in a sentence each."""
+    return [
+        f"{d.get('asset')}, {d.get('license')} {d.get('clause') or ''}: {d.get('says')}"
+        + (" (not met yet)" if d.get("met") is False else "")
+        for d in rows_of(dig(verdict, "obligations"))
+    ]
+
+
 def table_of(value: Any) -> dict[str, str]:
     """A mapping with its keys and values as text, in the order of its keys."""
     return {str(k): str(v) for k, v in sorted(value.items())} if isinstance(value, dict) else {}

@@ -24,7 +24,8 @@ from finetune.runs import is_main, say
 from finetune.stats import Answer
 from finetune.trainers import BUILDERS, token_dataset
 from recipes.errors import DataError, RecipeError, RetortError
-from recipes.gate import Verdict, stated_licence
+from recipes.facts import facts
+from recipes.gate import Verdict
 from recipes.lineage import (
     build_manifest,
     cannot_write,
@@ -39,6 +40,7 @@ from recipes.lineage import (
     write_manifest,
 )
 from recipes.schema import Recipe
+from recipes.sources import lineage
 
 MASKED_ROWS = 6  # rows whose masks the report shows
 
@@ -304,6 +306,7 @@ def finish(
         shutil.rmtree(folder / leftover, ignore_errors=True)
     base = fetch(recipe.model.ref, True)
     parent = read_manifest(base) or {}
+    lineage_now = lineage(recipe)
     content = {
         "kind": "run",
         "name": recipe.name,
@@ -315,7 +318,7 @@ def finish(
                 # A hub model lies in snapshots/<commit>: with it the run can be repeated when `main` has moved on.
                 "revision": base.name if recipe.model.ref.kind == "hub" else None,
                 "sha256": sha256_path(base),
-                "license": stated_licence(recipe.model.ref, recipe.model.license)[0] or parent.get("license"),
+                "license": _licences(lineage_now[0]) or parent.get("license"),
             },
             *prepared.manifest["inputs"],
         ],
@@ -324,11 +327,19 @@ def finish(
         "packages": packages(),
         "environment": environment(device.name),
         "verdict": verdict.as_dict(),
+        "lineage": lineage_now,
         "generators": prepared.manifest["generators"],
         "counts": {**prepared.counts, "steps": layout.steps},
         "metrics": (result or {}).get("metrics", {}),
     }
     publish(folder, content)
+
+
+def _licences(record: dict[str, Any]) -> str:
+    """What an asset of the lineage is under, as SPDX ids where there are any."""
+    known = facts().licences
+    named = dict.fromkeys(c["licence"] for c in record["claims"] if c["licence"])
+    return " AND ".join(known[name].spdx or name for name in named)
 
 
 def publish(folder: Path, content: dict[str, Any]) -> None:

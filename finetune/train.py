@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.runs import is_main, main_process_first, open_run, say
-from recipes.errors import MemoryFitError, RetortError, out_of_memory
+from recipes.errors import EngineError, MemoryFitError, RetortError, out_of_memory
 from recipes.gate import Verdict, check
 from recipes.load import load_recipe
 from recipes.quiet import opt_out
@@ -45,6 +45,8 @@ def run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> None:
     """The stages of a run, in order. Everything cheap that can fail comes before everything slow."""
     verdict = check(recipe)
     verdict.require()
+    if recipe.teacher is not None:
+        raise EngineError("no stage generates with a teacher yet", "teacher", "leave teacher out to train on the rows")
     opened = open_run(recipe, resume, fresh)
     say(*opened.notes)
     if opened.status == "finished":

@@ -182,6 +182,9 @@ def _override(text: str) -> Tree:
         raise RecipeError(f"'{text}' is no override", "--set", "write --set train.epochs=2")
     if keys[0] == "extends":
         raise RecipeError("extends cannot be set from the command line", "--set extends", "write it into the recipe")
+    if keys[0] == "attest":
+        remedy = "write the decision into the recipe, where it is seen and kept"
+        raise RecipeError("attestations cannot be given on the command line", "--set attest", remedy)
     place = f"--set {path_text.strip()}"
     value = None if not value_text.strip() else parse_yaml(value_text, place).value
     places: dict[KeyPath, str] = {}

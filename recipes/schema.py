@@ -6,6 +6,7 @@ imports neither torch nor transformers, so that a recipe is checked in milliseco
 
 from __future__ import annotations
 
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -57,6 +58,36 @@ class Use(Section):
     )
     territories: tuple[Text, ...] | None = Field(None, description="ISO country codes where it is used")
     competes_with: tuple[Text, ...] | None = Field(None, description="products the model competes with")
+
+
+class Attest(Section):
+    """A person's decision on one asset: settles what is unknown or left to review, or records a private agreement."""
+
+    asset: Text = Field(description="the asset as the recipe or `retort gate` names it")
+    who: Text = Field(description="the person who decided")
+    when: date = Field(description="date of the decision")
+    why: Text = Field(description="what the decision rests on")
+    sha256: Annotated[Text, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="of the agreement; without it a clause that forbids the plan still blocks"
+    )
+    expires: date | None = Field(None, description="last day on which it holds; default a year after `when`")
+
+    @property
+    def ends(self) -> date:
+        return self.expires or self.when + timedelta(days=365)
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.ends < self.when:
+            raise ValueError("expires lies before when")
+        return self
+
+
+class Teacher(Section):
+    """The model whose outputs train the student."""
+
+    model: Text = Field(description="org/name@revision, a local folder, embedded:NAME, or a service: openai:gpt-4o")
+    license: Text | None = Field(None, description="its licence, where no file states it")
 
 
 class Model(Section):
@@ -135,6 +166,7 @@ class Source(Section):
     embedded: Text | None = Field(None, description="a data set shipped with Retort")
     split: Text | None = Field(None, description="hub and embedded: which split")
     license: Text | None = Field(None, description="SPDX id under which the rows may be used")
+    generated_by: Text | None = Field(None, description="the model that wrote the rows, where no column says so")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
         "auto", description="the shape of the rows; auto recognises it from the columns"
     )
@@ -316,10 +348,11 @@ class Recipe(Section):
     output: Text | None = Field(None, description="run directory, when not runs/<name>")
     seed: Annotated[Int, Field(ge=0, lt=2**31)] = Field(42, description="of splits, order, initialisation, draws")
     use: Use | None = Field(None, description="what the model is for; without it the licences are not judged")
+    attest: tuple[Attest, ...] = Field((), description="decisions of people on licences; not from the command line")
     model: Model
     adapter: Adapter | None = Field(default_factory=Adapter, description="null: full fine-tuning")
     data: Data
-    teacher: None = Field(None, description="reserved for distillation; only null today")
+    teacher: Teacher | None = Field(None, description="judged by the gate; no stage generates with it yet")
     method: SFT = Field(default_factory=SFT)
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)

@@ -144,6 +144,50 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_
 
 @app.command()
 @_one_line
+def gate(
+    recipe: Annotated[Path | None, typer.Argument(help="a recipe; or give --asset", show_default=False)] = None,
+    set_: SetOption = None,
+    asset: Annotated[
+        str | None, typer.Option(metavar="REF", help="hub id, host:model, or a path to a model, adapter, GGUF or data")
+    ] = None,
+    role: Annotated[str, typer.Option(help="with --asset: base, teacher, judge, data or eval")] = "base",
+    purpose: Annotated[str, typer.Option(help="with --asset: commercial, research or internal")] = "commercial",
+    distribute: Annotated[bool, typer.Option("--distribute", help="with --asset: the model is given to others")] = False,
+    name: Annotated[str | None, typer.Option(help="with --asset: name under which the model is published")] = None,
+    users: Annotated[int | None, typer.Option(help="with --asset: monthly active users")] = None,
+    revenue: Annotated[float | None, typer.Option(help="with --asset: annual revenue in US dollars")] = None,
+    territories: Annotated[str | None, typer.Option(help="with --asset: ISO codes, with commas")] = None,
+    competes_with: Annotated[str | None, typer.Option(help="with --asset: products, with commas; none: ''")] = None,
+    graph: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="draw the lineage with the verdicts")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge a recipe, or one asset: may it be used so? Exit code 0 when allowed, 3 when not."""
+    from scripts import gate as gates
+
+    use = {"purpose": purpose, "distribute": distribute, "name": name, "monthly_active_users": users}
+    use |= {"annual_revenue_usd": revenue, "territories": territories, "competes_with": competes_with}
+    verdict, assets = gates.asked(recipe, set_ or (), asset, role, use)
+    if graph is not None:
+        gates.draw(graph, verdict, assets)
+    print(json.dumps(verdict.as_dict(), indent=2) if as_json else gates.describe(verdict))
+    if verdict.verdict in {"review", "block"}:
+        raise typer.Exit(3)
+
+
+@app.command()
+@_one_line
+def licenses(
+    licence: Annotated[str | None, typer.Argument(metavar="[ID]", help="a licence, by id or name")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the licences that the gate knows, or explain one."""
+    from scripts import gate as gates
+
+    print(gates.licences(licence, as_json))
+
+
+@app.command()
+@_one_line
 def verify(folder: Annotated[Path, typer.Argument(help="a run or data directory", show_default=False)]) -> None:
     """Recompute the hashes in an artefact's manifest."""
     from recipes.errors import DataError

@@ -1,0 +1,553 @@
+"""The papers that lie with an asset: cards, configurations, licence texts, GGUF metadata, row columns, our manifests.
+
+Each reader returns what it states as claims, parents and doubts (`recipes/evidence.py`) and the hashes of what it read.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from recipes.errors import DataError
+from recipes.evidence import (
+    COMMIT,
+    HUB_ID,
+    Asset,
+    Claim,
+    Doubt,
+    Role,
+    bare_model,
+    clean,
+    dataset_asset,
+    dataset_by_file_name,
+    licence_named,
+    model_asset,
+)
+from recipes.facts import facts
+from recipes.lineage import MANIFEST, read_manifest, sha256_file, verify
+from recipes.texts import identify
+
+DEPTH = 8  # of local folders that name each other
+LICENCE_FILE = re.compile(r"^(?:licen[cs]e|copying|terms)(?!.*code)[^/]*$", re.IGNORECASE)
+OTHER = {"other", "unknown", "none", "custom", "proprietary", "unspecified", "see-license", "n/a", ""}
+WRITTEN_BY = ("_teacher", "generator", "teacher", "teacher_model", "generated_by", "generator_model", "source_model")
+MODEL_COLUMNS = ("model", "model_name", "model_id")  # may be somebody's product as well
+LICENCE_COLUMNS = ("license", "licence", "license_line")
+LLM = re.compile(r"/|gpt|llama|claude|gemini|mistral|mixtral|qwen|gemma|chat|instruct|\d+b\b", re.IGNORECASE)
+ARCHITECTURES = {  # model_type of config.json that only models under these terms have; they can deny only
+    "gemma": "gemma-terms",
+    "gemma2": "gemma-terms",
+    "gemma3": "gemma-terms",
+    "gemma3_text": "gemma-terms",
+    "gemma3n": "gemma-terms",
+    "dbrx": "dbrx",
+    "cohere": "cohere-cc-by-nc-aup",
+    "llama4": "llama-4",
+    "mllama": "llama-3.2",
+    "exaone": "exaone-1.1-nc",
+    "exaone4": "exaone-1.2-nc",
+}
+ASSISTANTS = "ChatGPT|GPT-?[345][\\w.]*|Claude|Gemini|Bard|Grok|Copilot"
+MAKERS = "OpenAI|Anthropic|Google|xAI"
+SELF = re.compile(
+    rf"\bI(?: a|')m (?:{ASSISTANTS})\b|\b(?:I am|I'm|as)(?: an?)? (?:AI|artificial intelligence)?[\w ,-]{{0,40}}"
+    rf"(?:model|assistant)[\w ,]{{0,20}} (?:developed|trained|created|made) by (?:{MAKERS})\b",
+    re.IGNORECASE,
+)
+
+
+class Found:
+    """Collects what the papers of one asset say."""
+
+    def __init__(self) -> None:
+        self.claims: list[Claim] = []
+        self.parents: list[tuple[str, Asset]] = []
+        self.doubts: list[Doubt] = []
+        self.files: dict[str, str] = {}
+        self.flags: set[str] = set()
+        self.ours = False  # made by Retort: its lineage says what it is under
+
+    def read(self, path: Path) -> str:
+        self.files[str(path)] = sha256_file(path)
+        return path.read_text("utf-8", errors="replace")
+
+    def claim(self, stated: str, source: str, firm: bool = True) -> None:
+        if stated.strip().casefold() not in OTHER:
+            self.claims.append(Claim(licence_named(stated), stated.strip(), source, firm))
+
+    def doubt(self, effect: Any, says: str, source: str, remedy: str, unknown: bool = False) -> None:
+        self.doubts.append(Doubt(effect, says, source, remedy, unknown))
+
+    def asset(self, name: str, role: Role, kind: Any) -> Asset:
+        if not self.claims and not self.ours and not any(d.unknown for d in self.doubts):
+            says = "no card, licence text or recipe states what it is under"
+            # Of an adapter most is its base, which is judged beside it.
+            effect = "review" if kind == "adapter" else "block"
+            self.doubt(effect, says, "no evidence", "state its licence, or attest", unknown=True)
+        return Asset(
+            name,
+            role,
+            kind,
+            tuple(self.claims),
+            tuple(self.parents),
+            tuple(self.doubts),
+            frozenset(self.flags),
+            files=self.files,
+        )
+
+
+def local_model(path: Path, name: str, role: Role, stated: str | None = None, depth: int = 0) -> Asset:
+    """A model folder, adapter folder, run directory or GGUF file on this machine.
+
+    Raises:
+        DataError: it cannot be read, or is no model.
+    """
+    found = Found()
+    if stated:
+        found.claim(stated, "the recipe")
+    if path.is_file():
+        if path.suffix.casefold() != ".gguf":
+            raise DataError("is no model: neither a folder nor a .gguf file", str(path), "name the model's folder")
+        _gguf(path, found, role)
+        _card(path.parent, found, role, depth)
+        return found.asset(name, role, "model")
+    is_adapter = (path / "adapter_config.json").is_file()
+    if not is_adapter and not any((path / n).is_file() for n in ("config.json", MANIFEST, "README.md")):
+        ggufs = sorted(path.glob("*.gguf"))
+        if not ggufs:
+            raise DataError("is no model folder: no config.json, adapter_config.json, card or manifest", str(path))
+        for gguf in ggufs:
+            _gguf(gguf, found, role)
+    ours = _our_manifest(path, found, role, depth)
+    _card(path, found, role, depth)
+    _licence_texts(path, found)
+    if is_adapter:
+        _adapter(path, found, role, depth)
+    elif (path / "config.json").is_file() and not ours:
+        _config(path, found, role)
+    return found.asset(name, role, "adapter" if is_adapter else "model")
+
+
+def local_data(path: Path, name: str, role: Role, stated: str | None = None, columns: bool = True) -> Asset:
+    """A data file or a folder of them: card, licence text, what its name betrays, and the columns of its rows.
+
+    Raises:
+        DataError: it does not exist or cannot be read.
+    """
+    found = Found()
+    if stated:
+        found.claim(stated, "the recipe")
+    claims, parents = dataset_by_file_name(path, role)
+    found.claims += claims
+    found.parents += parents
+    if path.is_dir():
+        _our_manifest(path, found, role, 0)
+        _licence_texts(path, found)
+    _card(path if path.is_dir() else path.parent, found, role, 0, data=True)
+    if columns:
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        _rows(files, found, role)
+    return found.asset(name, role, "data")
+
+
+def cached(ref: str, revision: str | None, data: bool = False) -> Path | None:
+    """The snapshot of a hub repository in the local cache; asks no server."""
+    from huggingface_hub import constants
+
+    kind = "datasets" if data else "models"
+    folder = Path(constants.HF_HUB_CACHE) / f"{kind}--{ref.replace('/', '--')}"
+    wanted = revision or "main"
+    pointer = folder / "refs" / wanted
+    commit = wanted if COMMIT.fullmatch(wanted) else pointer.read_text().strip() if pointer.is_file() else None
+    snapshot = folder / "snapshots" / commit if commit else None
+    return snapshot if snapshot is not None and snapshot.is_dir() else None
+
+
+def hub_model(name: str, role: Role, stated: str | None = None) -> Asset:
+    """A hub model: by its name, and by its files where they are cached (then the verdict is no longer provisional)."""
+    cleaned, _ = clean(name)
+    match = HUB_ID.fullmatch(cleaned)
+    folder = cached(match["repo"], match["revision"]) if match and cleaned.isascii() else None
+    known = model_asset(name, role, at_hand=folder is not None)
+    found = Found()
+    found.claims, found.parents, found.doubts = list(known.claims), list(known.parents), list(known.doubts)
+    found.flags = set(known.flags)
+    if stated:
+        found.claim(stated, "the recipe", firm=folder is not None)
+    if folder is not None:
+        before = len(found.claims)
+        _card(folder, found, role, 0)
+        _licence_texts(folder, found)
+        if (folder / "adapter_config.json").is_file():
+            _adapter(folder, found, role, 0)
+        if len(found.claims) > before:  # the files answer what the name left open
+            found.doubts = [d for d in found.doubts if d.source != "no evidence"]
+    return Asset(
+        known.name,
+        role,
+        known.kind,
+        tuple(found.claims),
+        tuple(found.parents),
+        tuple(found.doubts),
+        frozenset(found.flags),
+        provisional=known.provisional,
+        files=found.files,
+    )
+
+
+def hub_data(name: str, role: Role, stated: str | None = None) -> Asset:
+    """A hub data set: by its name, by the recipe's claim, and by its card where it is cached."""
+    known = dataset_asset(name, role)
+    match = HUB_ID.fullmatch(known.name)
+    folder = cached(match["repo"], match["revision"], data=True) if match else None
+    found = Found()
+    found.claims, found.parents, found.doubts = list(known.claims), list(known.parents), list(known.doubts)
+    if stated:
+        found.claim(stated, "the recipe")
+    if folder is not None:
+        _card(folder, found, role, 0, data=True)
+        _licence_texts(folder, found)
+    made = found.asset(known.name, role, "data")
+    return Asset(
+        made.name, role, "data", made.claims, made.parents, made.doubts, provisional=folder is None, files=found.files
+    )
+
+
+def _reference(text: str, role: Role, near: Path, depth: int) -> Asset:
+    """A model that a card or configuration names: a hub id, or a folder of the machine it was made on."""
+    text = text.strip()
+    local = text.startswith(("/", "./", "../", "~", "\\")) or re.match(r"^[A-Za-z]:[\\/]", text)
+    place = next((p for p in (near / text, Path(text).expanduser()) if p.exists()), None)
+    if place is not None and depth < DEPTH and (local or not HUB_ID.fullmatch(text)):
+        return local_model(place, text, role, depth=depth + 1)
+    if local or not HUB_ID.fullmatch(clean(text)[0]):
+        if not local and "/" not in text:
+            return bare_model(text, role)
+        says = f"'{text}' is a path on the machine where it was made"
+        doubt = Doubt("block", says, "its configuration", "name the base as org/name, or give its folder", unknown=True)
+        return Asset(text, role, "model", doubts=(doubt,))
+    return model_asset(text, role, at_hand=True)
+
+
+def _card(folder: Path, found: Found, role: Role, depth: int, data: bool = False) -> None:
+    """YAML front matter of README.md: licence, base models, data sets."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return
+    text = path.read_text("utf-8", errors="replace").removeprefix("\ufeff")
+    matter = re.match(r"^---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
+    if matter is None:
+        if not data:
+            found.read(path)
+        return
+    found.read(path)
+    try:
+        meta = yaml.safe_load(matter[1])
+    except yaml.YAMLError:
+        found.doubt("review", "the front matter of its card cannot be read", str(path), "repair the card")
+        return
+    if not isinstance(meta, dict):
+        return
+    licences = meta.get("license")
+    stated = [str(v) for v in (licences if isinstance(licences, list) else [licences]) if v is not None]
+    named = meta.get("license_name")
+    if named is not None and all(s.casefold() in OTHER for s in stated):
+        stated = [str(named)]
+    for one in stated:
+        found.claim(one, f"card {path.name}")
+    if data:
+        return
+    bases = meta.get("base_model")
+    for base in bases if isinstance(bases, list) else [bases]:
+        if isinstance(base, str) and base.strip():
+            found.parents.append(("is made from", _reference(base, role, folder, depth)))
+    sets = meta.get("datasets")
+    for one in sets if isinstance(sets, list) else [sets]:
+        if isinstance(one, str) and facts().dataset(clean(one)[0]) is not None:
+            found.parents.append(("was trained on", dataset_asset(one, "data")))
+
+
+def _licence_texts(folder: Path, found: Found) -> None:
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and LICENCE_FILE.match(p.name)):
+        if path.stat().st_size > 1 << 20:
+            continue
+        match = identify(found.read(path))
+        if match.licence is not None:
+            found.claims.append(Claim(match.licence, match.licence, f"text of {path.name}"))
+        elif match.near is not None:
+            says = f"{path.name} is a changed form of {match.near}"
+            found.claims.append(Claim(match.near, f"changed {match.near}", f"text of {path.name}", firm=False))
+            found.doubt("block", says, path.name, "read it, and attest to what it allows", unknown=True)
+        else:
+            says = f"{path.name} is no licence text that is known here"
+            found.doubt("block", says, path.name, "read it, add its facts, or attest", unknown=True)
+
+
+def _config(path: Path, found: Found, role: Role) -> None:
+    config = _json(path / "config.json", found)
+    origin = config.get("_name_or_path")
+    if isinstance(origin, str) and HUB_ID.fullmatch(origin) and not (path / origin).exists():
+        named = model_asset(origin, role, at_hand=True)
+        for claim in named.claims:
+            found.claims.append(Claim(claim.licence, claim.stated, f"config.json: _name_or_path {origin}", firm=False))
+        found.flags |= named.flags
+    if licence := ARCHITECTURES.get(str(config.get("model_type"))):
+        if licence in facts().licences and not any(c.licence for c in found.claims if c.source.startswith("text of")):
+            source = f"config.json: model_type {config['model_type']}"
+            found.claims.append(Claim(licence, licence, source, firm=False))
+    if config.get("vision_config"):
+        found.flags.add("multimodal")
+
+
+def _adapter(path: Path, found: Found, role: Role, depth: int) -> None:
+    base = _json(path / "adapter_config.json", found).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base.strip():
+        remedy = "name its base in the card (base_model), or attest"
+        found.doubt("block", "the adapter does not say what it adapts", "adapter_config.json", remedy, unknown=True)
+        return
+    made_from = _reference(base, role, path, depth)
+    named = [asset.name for relation, asset in found.parents if relation == "is made from"]
+    if named and made_from.name not in named and made_from.claims:
+        says = f"its card names {', '.join(named)} as base, its configuration {made_from.name}"
+        found.doubt("review", says, "card and adapter_config.json", "find out which is true")
+    found.parents.append(("adapts", made_from))
+
+
+def _our_manifest(path: Path, found: Found, role: Role, depth: int) -> bool:
+    """An artefact of Retort: its files must be as it was finished, and its whole lineage counts."""
+    if not (path / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(path) or {}
+    if "retort_version" not in manifest:
+        return False
+    found.files[str(path / MANIFEST)] = sha256_file(path / MANIFEST)
+    if wrong := verify(path):
+        says = f"was changed after it was finished: {', '.join(wrong[:4])}"
+        found.doubt("block", says, MANIFEST, "make it again, or restore its files", unknown=True)
+    if isinstance(manifest.get("license"), str):
+        found.claim(manifest["license"], MANIFEST)
+    found.ours = bool(manifest.get("lineage") or manifest.get("parents"))
+    for entry in manifest.get("lineage") or []:
+        found.parents.append(("descends from", from_record(entry)))
+    if not manifest.get("lineage"):
+        for parent in manifest.get("parents") or []:
+            if isinstance(parent, dict) and isinstance(parent.get("ref"), str):
+                found.parents.append(("descends from", _parent(parent, path, depth)))
+    return True
+
+
+def _parent(parent: dict[str, Any], near: Path, depth: int) -> Asset:
+    kind = "data" if parent.get("role") in {"data", "eval"} else "model"
+    role: Role = "data" if kind == "data" else "teacher" if parent.get("role") == "teacher" else "base"
+    ref, licence = parent["ref"], parent.get("license")
+    claims = (Claim(licence_named(str(licence)), str(licence), MANIFEST),) if licence else ()
+    if ref.startswith("embedded:"):
+        return Asset(ref, role, kind, claims)  # type: ignore[arg-type]
+    made = dataset_asset(ref, role) if kind == "data" else _reference(ref, role, near, depth)
+    return Asset(made.name, role, made.kind, (*made.claims, *claims), made.parents, made.doubts, made.flags)
+
+
+def _json(path: Path, found: Found) -> dict[str, Any]:
+    try:
+        value = json.loads(found.read(path))
+    except ValueError as error:
+        raise DataError(f"is no JSON ({error})", str(path), "restore the file") from None
+    return value if isinstance(value, dict) else {}
+
+
+def to_record(asset: Asset) -> dict[str, Any]:
+    """An asset and its ancestors as JSON, for a manifest."""
+    return {
+        "name": asset.name,
+        "role": asset.role,
+        "kind": asset.kind,
+        "claims": [{"licence": c.licence, "stated": c.stated, "source": c.source, "firm": c.firm} for c in asset.claims],
+        "doubts": [
+            {"effect": d.effect, "says": d.says, "source": d.source, "remedy": d.remedy, "unknown": d.unknown}
+            for d in asset.doubts
+        ],
+        "flags": sorted(asset.flags),
+        "files": asset.files,
+        "parents": [[relation, to_record(parent)] for relation, parent in asset.parents],
+    }
+
+
+def from_record(record: dict[str, Any]) -> Asset:
+    """The asset that `to_record` wrote.
+
+    Raises:
+        DataError: it is no such record.
+    """
+    try:
+        return Asset(
+            record["name"],
+            record["role"],
+            record["kind"],
+            tuple(Claim(**claim) for claim in record["claims"]),
+            tuple((relation, from_record(parent)) for relation, parent in record["parents"]),
+            tuple(Doubt(**doubt) for doubt in record["doubts"]),
+            frozenset(record["flags"]),
+            files=dict(record["files"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"its lineage cannot be read ({error})", MANIFEST, "make the artefact again") from None
+
+
+def _gguf(path: Path, found: Found, role: Role) -> None:
+    """General metadata of a GGUF file: licence, original model. A conversion always has one."""
+    try:
+        with path.open("rb") as stream:
+            meta = dict(_gguf_strings(stream))
+    except (OSError, struct.error, ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"is no readable GGUF file ({error})", str(path), "download it again") from None
+    found.files[str(path)] = sha256_file(path)
+    source = f"GGUF metadata of {path.name}"
+    for key in ("general.license.name", "general.license"):
+        if key in meta:
+            found.claim(meta[key], source)
+            break
+    named = [v for k, v in meta.items() if re.fullmatch(r"general\.(?:base_model\.\d+|source)\.(?:repo_url|url)", k)]
+    originals = [clean(v)[0] for v in named if HUB_ID.fullmatch(clean(v)[0])]
+    for original in dict.fromkeys(originals):
+        found.parents.append(("is converted from", model_asset(original, role, at_hand=True)))
+    if not originals:
+        remedy = "give the folder of the original model"
+        found.doubt("block", "the file does not say which model it was converted from", source, remedy, unknown=True)
+        if "general.name" in meta:
+            named_so = bare_model(meta["general.name"].replace(" ", "-"), role)
+            found.claims += [Claim(c.licence, c.stated, source, firm=False) for c in named_so.claims]
+
+
+def _gguf_strings(stream: BinaryIO) -> Iterator[tuple[str, str]]:
+    """(key, value) of the string values in a GGUF header, as of the format's version 2 and 3."""
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+    def number(form: str) -> int:
+        return int(struct.unpack(form, stream.read(struct.calcsize(form)))[0])
+
+    def string() -> bytes:
+        size = number("<Q")
+        if size > 1 << 24:
+            raise ValueError("a string of over 16 MB")
+        return stream.read(size)
+
+    if stream.read(4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    if (version := number("<I")) not in (2, 3):
+        raise ValueError(f"version {version}")
+    number("<Q")
+    for _ in range(min(number("<Q"), 10_000)):
+        key, kind = string().decode(), number("<I")
+        if kind == 8:
+            yield key, string().decode("utf-8", "replace")
+        elif kind == 9:
+            inner, count = number("<I"), number("<Q")
+            if inner == 8:
+                for _ in range(count):
+                    string()
+            else:
+                stream.seek(sizes[inner] * count, 1)
+        else:
+            stream.seek(sizes[kind], 1)
+
+
+def _rows(files: Iterable[Path], found: Found, role: Role) -> None:
+    """Who wrote the rows, and under which licence, by their columns; and rows in which an assistant names itself."""
+    written: dict[str, str] = {}
+    licences: dict[str, str] = {}
+    unsigned = signed = 0
+    for path in files:
+        for place, row in _records(path):
+            author = next((str(row[c]) for c in WRITTEN_BY if isinstance(row.get(c), str) and row[c].strip()), None)
+            if author is None:
+                named = (str(row[c]) for c in MODEL_COLUMNS if isinstance(row.get(c), str) and row[c].strip())
+                author = next((n for n in named if LLM.search(n)), None)
+            if author is not None:
+                written.setdefault(author, place)
+                signed += 1
+            else:
+                unsigned += 1
+            for column in LICENCE_COLUMNS:
+                if isinstance(row.get(column), str):
+                    licences.setdefault(row[column].strip(), place)
+            if (text := row.get("\0text")) and (said := SELF.search(text)) and not found_self(found):
+                says = f"a row speaks as a hosted assistant ('{said[0]}')"
+                found.doubt("review", says, place, "find out who wrote the rows, and name them")
+    for author, place in written.items():
+        made = _reference(author, "teacher", Path("."), DEPTH)
+        found.parents.append(("holds rows written by", made))
+        if not made.claims and not any(d.unknown for d in made.doubts):
+            found.doubt("block", f"nobody knows the generator '{author}'", place, "name the model", unknown=True)
+    if signed and unsigned and role != "eval":
+        says = f"{unsigned} of {signed + unsigned} rows do not say who wrote them"
+        found.doubt("block", says, "the rows", "name the generator of every row, or drop them", unknown=True)
+    for stated, place in licences.items():
+        if stated.casefold() in OTHER or licence_named(stated) is None:
+            says = f"no facts describe the licence '{stated}' of its rows"
+            found.doubt("block", says, place, "drop the rows, or attest", unknown=True)
+        else:
+            found.claims.append(Claim(licence_named(stated), stated, f"column of its rows, first {place}"))
+
+
+def found_self(found: Found) -> bool:
+    return any(d.says.startswith("a row speaks") for d in found.doubts)
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, columns that say who and under what; all text under a null key). What cannot be read is left to prepare."""
+    names = (*WRITTEN_BY, *MODEL_COLUMNS, *LICENCE_COLUMNS)
+    suffixes = [s.casefold() for s in path.suffixes]
+    kind = next((s for s in reversed(suffixes) if s not in {".gz", ".zst"}), "")
+    if kind == ".parquet":
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.ParquetFile(path)
+        except (OSError, ValueError):
+            return
+        for batch in table.iter_batches(columns=[n for n in names if n in table.schema_arrow.names]):
+            for number, row in enumerate(batch.to_pylist()):
+                yield f"{path}, row {number + 1}", row
+    elif kind in {".jsonl", ".ndjson"}:
+        opener: Any = gzip.open if suffixes[-1] == ".gz" else open
+        try:
+            with opener(path, "rb") as stream:
+                for number, line in enumerate(stream, 1):
+                    yield from _one(line, f"{path}:{number}")
+        except OSError:
+            return
+    elif kind in {".json", ".csv"}:
+        yield from _whole(path, kind)
+
+
+def _one(line: bytes, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return
+    if isinstance(row, dict):
+        yield place, {**row, "\0text": line.decode("utf-8", "replace")}
+
+
+def _whole(path: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import csv
+
+    try:
+        text = path.read_text("utf-8-sig", errors="replace")
+        if kind == ".csv":
+            rows: Any = list(csv.DictReader(text.splitlines()))
+        else:
+            value = json.loads(text)
+            rows = value if isinstance(value, list) else next((v for v in value.values() if isinstance(v, list)), [])
+    except (OSError, ValueError, csv.Error, AttributeError):
+        return
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            yield f"{path}, row {number}", {**row, "\0text": json.dumps(row, ensure_ascii=False)}

@@ -1,0 +1,151 @@
+"""Which assets a recipe or a reference on the command line means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from recipes.errors import RecipeError
+from recipes.evidence import (
+    HUB_ID,
+    Asset,
+    Doubt,
+    Role,
+    bare_model,
+    clean,
+    host_at,
+    host_named,
+    service_asset,
+)
+from recipes.papers import hub_data, hub_model, local_data, local_model, to_record
+from recipes.refs import EMBEDDED, Ref
+from recipes.schema import Recipe, Source
+
+
+def recipe_assets(recipe: Recipe, columns: bool = True) -> tuple[Asset, ...]:
+    """Base, teacher and data of a recipe.
+
+    Args:
+        columns: read the rows of local data for who wrote them.
+    """
+    return tuple(_recipe_assets(recipe, columns))
+
+
+def lineage(recipe: Recipe) -> list[dict[str, Any]]:
+    """The assets of a recipe with all that is known of them, for the manifest of what is made from them."""
+    return [to_record(asset) for asset in recipe_assets(recipe)]
+
+
+def changed_papers(record: list[dict[str, Any]], recipe: Recipe) -> list[str]:
+    """Cards, licence texts and configurations that are no longer what a manifest's lineage was read from."""
+    before = {path: digest for entry in record for path, digest in _papers(entry)}
+    read = recipe_assets(recipe, columns=False)
+    now = {path: digest for asset in read for node, _ in asset.walk() for path, digest in node.files.items()}
+    return sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path))
+
+
+def _papers(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from entry["files"].items()
+    for _, parent in entry["parents"]:
+        yield from _papers(parent)
+
+
+def _recipe_assets(recipe: Recipe, columns: bool) -> Iterator[Asset]:
+    yield _model(recipe.model.ref, "base", recipe.model.license)
+    if recipe.teacher is not None:
+        yield asset_named(recipe.teacher.model, "teacher", recipe.teacher.license)
+    for source in recipe.data.train:
+        yield _source(source, "data", columns)
+    for source in recipe.data.eval if isinstance(recipe.data.eval, tuple) else ():
+        yield _source(source, "eval", columns)
+
+
+def _model(ref: Ref, role: Role, stated: str | None) -> Asset:
+    if ref.kind == "hub":
+        return hub_model(str(ref), role, stated)
+    if ref.path is None or not ref.path.exists():
+        raise RecipeError(f"there is no model at {ref}", "licence gate", "correct the path")
+    return local_model(ref.path, str(ref), role, stated)
+
+
+def _source(source: Source, role: Role, columns: bool) -> Asset:
+    if source.hub is not None:
+        made = hub_data(source.hub, role, source.license)
+    elif source.ref.path is None or not source.ref.path.exists():
+        raise RecipeError(f"there is no data at {source.ref}", "licence gate", "correct the path")
+    else:
+        # Embedded data is ours and was judged when it was written: its rows need no second reading.
+        embedded = source.embedded is not None
+        stated = "CC0-1.0" if embedded else source.license
+        made = local_data(source.ref.path, str(source.ref), role, stated, columns=columns and not embedded)
+    if source.generated_by is None:
+        return made
+    writer = asset_named(source.generated_by, "teacher")
+    parents = (*made.parents, ("holds rows written by", writer))
+    return Asset(made.name, role, "data", made.claims, parents, made.doubts, made.flags, made.provisional, made.files)
+
+
+def asset_named(text: str, role: Role, stated: str | None = None) -> Asset:
+    """An asset from a reference: a path, `embedded:NAME`, `host:model`, an address, or a hub id.
+
+    Raises:
+        RecipeError: the reference has none of these forms, or names a path that does not exist.
+    """
+    plain = text.strip()
+    if plain.startswith("embedded:"):
+        folder = EMBEDDED / plain.removeprefix("embedded:")
+        if not folder.is_dir() or folder == EMBEDDED:
+            raise RecipeError(f"nothing is embedded under '{plain}'", "asset", "retort plan lists none of that name")
+        return _local(folder, plain, role, stated or (None if (folder / "config.json").is_file() else "CC0-1.0"))
+    path = Path(plain).expanduser()
+    if plain.startswith(("/", "./", "../", "~")) or (plain and path.exists()):
+        if not path.exists():
+            raise RecipeError(f"there is no file or folder {plain}", "asset", "correct the path")
+        return _local(path, plain, role, stated)
+    if plain.startswith(("http://", "https://")) and "huggingface.co/" not in plain:
+        return _endpoint(plain, role)
+    name, doubts = clean(plain)
+    if ":" in name and "/" not in name.partition(":")[0] and "@" not in name.partition(":")[0]:
+        return _served(name, role, doubts)
+    if name.isascii() and not HUB_ID.fullmatch(name):
+        if "/" in name or not name:
+            raise RecipeError(
+                f"'{text}' is no reference", "asset", "write org/name@revision, host:model, embedded:NAME or a path"
+            )
+        return bare_model(name, role, doubts)
+    if role in {"data", "eval"}:
+        return hub_data(name.removeprefix("datasets/"), role, stated)
+    return hub_model(name, role, stated)
+
+
+def _local(path: Path, name: str, role: Role, stated: str | None) -> Asset:
+    if role in {"data", "eval"}:
+        return local_data(path, name, role, stated)
+    return local_model(path, name, role, stated)
+
+
+def _served(name: str, role: Role, doubts: tuple[Doubt, ...]) -> Asset:
+    """`host:model`. A host that nobody registered proves nothing about the model behind it."""
+    prefix, _, model = name.partition(":")
+    if (host := host_named(prefix)) is not None:
+        return service_asset(host, name, role, doubts)
+    if prefix.casefold() in {"hf", "huggingface", "hub"}:
+        return hub_model(model, role)
+    says = f"'{prefix}' is no service that is known here, and what a server calls its model proves nothing"
+    if re.search(r"(?:^|[-:])cloud$", model.casefold()):
+        says = f"'{model}' runs in somebody's cloud, under terms that are not known here"
+    remedy = "name the model by its hub id or folder, or the service by its registered name"
+    return Asset(name, role, "service", doubts=(*doubts, Doubt("block", says, "the name", remedy, unknown=True)))
+
+
+def _endpoint(address: str, role: Role) -> Asset:
+    host = host_at(urlparse(address).hostname or "")
+    if host is not None:
+        return service_asset(host, address, role)
+    says = "what a server calls its model proves nothing"
+    doubt = Doubt("block", says, "the address", "name the model by its hub id or folder", unknown=True)
+    return Asset(address, role, "service", (), (), (doubt,))
+
