@@ -17,6 +17,7 @@ from finetune.run_files import (
     count,
     dig,
     duration,
+    duties_of,
     lora_alpha,
     moment,
     number,
@@ -24,7 +25,6 @@ from finetune.run_files import (
     read_run,
     rows_of,
     table_of,
-    duties_of,
     words_of,
 )
 from recipes.lineage import version, write_atomic

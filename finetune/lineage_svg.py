@@ -40,11 +40,11 @@ def lineage_svg(reasons: Sequence[dict[str, Any]], assets: Sequence[Asset]) -> s
 def _box(asset: Asset, x: float, y: float, effect: str) -> list[str]:
     colour, width = COLOURS.get(effect, "#57606a"), WIDTH - GAP - x
     licences = ", ".join(dict.fromkeys(c.licence or c.stated for c in asset.claims)) or "licence unknown"
-    letters = int((width - 180) / 7.5)
+    letters, name = int((width - 180) / 7.5), f"{asset.role}: {asset.name}"
     return [
         f'<rect x="{x}" y="{y}" width="{width}" height="{HEIGHT}" rx="6" fill="#f6f8fa" stroke="{colour}"/>',
         f'<rect x="{x}" y="{y}" width="5" height="{HEIGHT}" rx="2" fill="{colour}"/>',
-        f'<text x="{x + 14}" y="{y + 19}" fill="#1f2328">{escape(shortened(f"{asset.role}: {asset.name}", letters))}</text>',
+        f'<text x="{x + 14}" y="{y + 19}" fill="#1f2328">{escape(shortened(name, letters))}</text>',
         f'<text x="{x + 14}" y="{y + 37}" fill="#57606a">{escape(shortened(licences, letters))}</text>',
         f'<text x="{WIDTH - GAP - 12}" y="{y + 28}" text-anchor="end" fill="{colour}">{effect}</text>',
     ]

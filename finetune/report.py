@@ -27,6 +27,7 @@ from finetune.run_files import (
     decimal,
     dig,
     duration,
+    duties_of,
     lora_alpha,
     moment,
     number,
@@ -35,7 +36,6 @@ from finetune.run_files import (
     rows_of,
     size,
     table_of,
-    duties_of,
     words_of,
 )
 from recipes.lineage import write_atomic

@@ -147,7 +147,9 @@ def dataset_by_file_name(path: Path, role: Role) -> tuple[tuple[Claim, ...], tup
         for family in facts().families.datasets:
             if any(fnmatchcase(name, pattern) for pattern in family.names):
                 claims, parents = _of_dataset(family, role)
-                return tuple(Claim(c.licence, c.stated, f"the name '{name}': {c.source}", False) for c in claims), parents
+                return tuple(
+                    Claim(c.licence, c.stated, f"the name '{name}': {c.source}", False) for c in claims
+                ), parents
     return (), ()
 
 
@@ -226,7 +228,7 @@ def _by_base_name(name: str, organisation: str = "") -> Family | None:
         plain = shorter
     for candidate in dict.fromkeys((name, plain, plain.partition("_")[2] or plain)):
         for family in facts().families.models:
-            owner, _, pattern = family.id.casefold().partition("/")
+            pattern = family.id.casefold().partition("/")[2]
             if pattern not in {"*", ""} and fnmatchcase(candidate.casefold(), pattern):
                 return family
     return None
@@ -243,7 +245,7 @@ def _near_miss(organisation: str) -> str | None:
 
 
 def _look(text: str) -> str:
-    swapped = text.translate(str.maketrans({"I": "l", "1": "l", "|": "l", "0": "o", "O": "o", "5": "s", "_": "-"}))
+    swapped = text.translate(str.maketrans("I1|0O5_", "llloos-"))
     return swapped.casefold().replace("rn", "m").replace("vv", "w")
 
 

@@ -12,7 +12,7 @@ from datetime import date, timedelta
 from typing import Any, Literal
 
 from recipes.errors import GateError
-from recipes.evidence import Asset, Role
+from recipes.evidence import Asset
 from recipes.facts import MAY_ALLOW, Facts, Licence, Limit, Obligation, Statement, facts
 from recipes.schema import Attest, Recipe, Use
 
@@ -38,6 +38,7 @@ class Reason:
     via: tuple[str, ...] = ()  # how the lineage leads to the asset
     unknown: bool = False
     forbidden: bool = False  # by a clause that was read; only an agreement settles it
+    asks: str = ""  # the fact of `use` that is missing
 
     def sentence(self) -> str:
         licence = f" under {self.license}" if self.license else ""
@@ -109,12 +110,25 @@ class _Bench:
         source: str = "",
         unknown: bool = False,
         forbidden: bool = False,
+        asks: str = "",
     ) -> None:
         clause = statement.clause if statement else None
         origin = licence.origin(statement) if licence and statement else source
-        identity = (licence.id, licence.version) if licence else (None, None)
+        name, version = (licence.id, licence.version) if licence else (None, None)
         found = Reason(
-            self.asset.name, *identity, clause, effect, origin, remedy, says, self.asset.role, self.via, unknown, forbidden
+            self.asset.name,
+            name,
+            version,
+            clause,
+            effect,
+            origin,
+            remedy,
+            says,
+            self.asset.role,
+            self.via,
+            unknown,
+            forbidden,
+            asks,
         )
         self.reasons.append(found)
 
@@ -141,15 +155,16 @@ def judge(
     if use is None:
         unknown = tuple(a.name for a in assets if not any(c.licence for c in a.claims))
         return Verdict(NOT_JUDGED, unknown=unknown, as_of=str(known.families.as_of))
-    student = frozenset(c.licence for a in assets if a.role == "base" for n, _ in a.walk() for c in n.claims if c.licence)
+    student = frozenset(
+        c.licence for a in assets if a.role == "base" for n, _ in a.walk() for c in n.claims if c.licence
+    )
     reasons: list[Reason] = []
     dues: list[Due] = []
     for root in assets:
         for asset, via in root.walk():
             bench = _Bench(known, use, student, asset, via)
             _judge_asset(bench)
-            settled, used = _settle(bench.reasons, [a for a in attests if _meant(a, asset, root)], today)
-            reasons += settled
+            reasons += _settle(bench.reasons, [a for a in attests if _meant(a, asset, root)], today)
             dues += bench.dues
     reasons = list(dict.fromkeys(reasons))
     dues = list({(d.license, d.type, d.value, d.asset): d for d in dues}.values())
@@ -163,13 +178,12 @@ def judge(
     found: str = max(effects | {"allow"}, key=ORDER.index)
     if found == "allow" and dues:
         found = "allow-with-obligations"
-    unknown = dict.fromkeys(f"use.{r.says.split('use.')[1].split()[0].rstrip(':,;')}" for r in reasons if _asks(r))
-    unknown |= dict.fromkeys(r.asset for r in reasons if r.unknown and not _asks(r))
+    missing = [r.asks for r in reasons if r.asks] + [r.asset for r in reasons if r.unknown and not r.asks]
     return Verdict(
         found,
         tuple(sorted(reasons, key=lambda r: -ORDER.index(r.effect))),
         tuple(dues),
-        tuple(unknown),
+        tuple(dict.fromkeys(missing)),
         any(a.provisional for a in assets),
         tuple(a.model_dump(mode="json") for a in attests),
         str(known.families.as_of),
@@ -181,10 +195,6 @@ def check(recipe: Recipe) -> Verdict:
     from recipes.sources import recipe_assets
 
     return judge(recipe_assets(recipe), recipe.use, recipe.attest)
-
-
-def _asks(reason: Reason) -> bool:
-    return reason.unknown and "use." in reason.says
 
 
 def _judge_asset(bench: _Bench) -> None:
@@ -249,7 +259,8 @@ def _judge_licence(bench: _Bench, licence: Licence) -> None:
         denied = {code for name in territory.deny for code in (name, *bench.facts.families.regions.get(name, ()))}
         if use.territories is None:
             says = f"tell use.territories: {territory.says}"
-            bench.find("review", says, "set use.territories to ISO country codes", licence, territory, unknown=True)
+            remedy = "set use.territories to ISO country codes"
+            bench.find("review", says, remedy, licence, territory, unknown=True, asks="use.territories")
         elif here := sorted(denied & {t.upper() for t in use.territories}):
             says = f"not granted in {', '.join(here)}: {territory.says}"
             bench.find("block", says, "use another asset there", licence, territory, forbidden=True)
@@ -281,10 +292,12 @@ def _judge_limit(bench: _Bench, licence: Licence, limit: Limit) -> None:
     over, asked = _over(limit, bench.use)
     if over is True and limit.effect != "adds_duty":
         says = f"{limit.measure} is above {limit.above:,.0f}: {limit.says}"
-        bench.find("block", says, f"get an agreement with {licence.steward} and attest to it", licence, limit, forbidden=True)
+        bench.find(
+            "block", says, f"get an agreement with {licence.steward} and attest to it", licence, limit, forbidden=True
+        )
     elif over is None and limit.effect != "adds_duty":
         says = f"tell use.{asked}: {limit.says}"
-        bench.find("review", says, f"set use.{asked}", licence, limit, unknown=True)
+        bench.find("review", says, f"set use.{asked}", licence, limit, unknown=True, asks=f"use.{asked}")
     elif over is not False and limit.effect == "adds_duty":
         due = Due(bench.asset.name, licence.id, "display", None, limit.says, limit.clause, None)
         bench.dues.append(due)
@@ -309,9 +322,8 @@ def _over(limit: Limit, use: Use) -> tuple[bool | None, str]:
 def _judge_outputs(bench: _Bench, licence: Licence) -> None:
     """May another model be trained on this (a teacher's outputs, or data)?"""
     rule = licence.outputs
-    if rule.rule in {"forbidden", "competing"} and rule.except_for and bench.student:
-        if bench.student <= set(rule.except_for):
-            return
+    if rule.except_for and bench.student and bench.student <= set(rule.except_for):
+        return
     if rule.rule == "forbidden":
         remedy = f"use another teacher, or get {licence.steward}'s permission and attest to it"
         bench.find("block", f"training on it: {rule.says}", remedy, licence, rule, forbidden=True)
@@ -330,7 +342,8 @@ def _judge_competing(bench: _Bench, licence: Licence) -> None:
     remedy = f"use another teacher, or get {licence.steward}'s permission and attest to it"
     if rivals is None:
         says = f"tell use.competes_with: {rule.says}"
-        bench.find("block", says, f"{remedy}; or set use.competes_with and have a person decide", licence, rule, unknown=True)
+        remedy = f"{remedy}; or set use.competes_with and have a person decide"
+        bench.find("block", says, remedy, licence, rule, unknown=True, asks="use.competes_with")
     elif any(_same_house(rival, licence) for rival in rivals):
         bench.find("block", f"it competes with {licence.steward}: {rule.says}", remedy, licence, rule, forbidden=True)
     else:
@@ -397,18 +410,17 @@ def _meant(attest: Attest, asset: Asset, root: Asset) -> bool:
     return attest.asset in names or attest.asset == f"{asset.name}" or (attest.asset == root.name and asset is root)
 
 
-def _settle(reasons: list[Reason], attests: Sequence[Attest], today: date) -> tuple[list[Reason], list[Attest]]:
+def _settle(reasons: list[Reason], attests: Sequence[Attest], today: date) -> list[Reason]:
     """Replace what a person has decided by a note of who decided."""
-    made, used = [], []
+    made = []
     for reason in reasons:
         attest = next((a for a in attests if _can_settle(a, reason, today)), None)
-        if attest is None or _asks(reason):
+        if attest is None or reason.asks:
             made.append(reason)
             continue
-        used.append(attest)
         says = f"attested by {attest.who} on {attest.when}: {attest.why} (in place of {reason.effect}: {reason.says})"
         made.append(Reason(**{**reason.__dict__, "effect": "allow-with-obligations", "says": says, "unknown": False}))
-    return made, used
+    return made
 
 
 def _can_settle(attest: Attest, reason: Reason, today: date) -> bool:

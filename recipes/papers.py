@@ -269,9 +269,9 @@ def _card(folder: Path, found: Found, role: Role, depth: int, data: bool = False
         if isinstance(base, str) and base.strip():
             found.parents.append(("is made from", _reference(base, role, folder, depth)))
     sets = meta.get("datasets")
-    for one in sets if isinstance(sets, list) else [sets]:
-        if isinstance(one, str) and facts().dataset(clean(one)[0]) is not None:
-            found.parents.append(("was trained on", dataset_asset(one, "data")))
+    for trained in sets if isinstance(sets, list) else [sets]:
+        if isinstance(trained, str) and facts().dataset(clean(trained)[0]) is not None:
+            found.parents.append(("was trained on", dataset_asset(trained, "data")))
 
 
 def _licence_texts(folder: Path, found: Found) -> None:
@@ -298,10 +298,10 @@ def _config(path: Path, found: Found, role: Role) -> None:
         for claim in named.claims:
             found.claims.append(Claim(claim.licence, claim.stated, f"config.json: _name_or_path {origin}", firm=False))
         found.flags |= named.flags
-    if licence := ARCHITECTURES.get(str(config.get("model_type"))):
-        if licence in facts().licences and not any(c.licence for c in found.claims if c.source.startswith("text of")):
-            source = f"config.json: model_type {config['model_type']}"
-            found.claims.append(Claim(licence, licence, source, firm=False))
+    licence = ARCHITECTURES.get(str(config.get("model_type")))
+    if licence and not any(c.source.startswith("text of") for c in found.claims):
+        source = f"config.json: model_type {config['model_type']}"
+        found.claims.append(Claim(licence, licence, source, firm=False))
     if config.get("vision_config"):
         found.flags.add("multimodal")
 
@@ -368,7 +368,9 @@ def to_record(asset: Asset) -> dict[str, Any]:
         "name": asset.name,
         "role": asset.role,
         "kind": asset.kind,
-        "claims": [{"licence": c.licence, "stated": c.stated, "source": c.source, "firm": c.firm} for c in asset.claims],
+        "claims": [
+            {"licence": c.licence, "stated": c.stated, "source": c.source, "firm": c.firm} for c in asset.claims
+        ],
         "doubts": [
             {"effect": d.effect, "says": d.says, "source": d.source, "remedy": d.remedy, "unknown": d.unknown}
             for d in asset.doubts
@@ -501,7 +503,7 @@ def found_self(found: Found) -> bool:
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, columns that say who and under what; all text under a null key). What cannot be read is left to prepare."""
+    """(place, columns that say who and under what; all text under a null key). Bad rows are left to prepare."""
     names = (*WRITTEN_BY, *MODEL_COLUMNS, *LICENCE_COLUMNS)
     suffixes = [s.casefold() for s in path.suffixes]
     kind = next((s for s in reversed(suffixes) if s not in {".gz", ".zst"}), "")

@@ -12,6 +12,7 @@ from recipes.errors import RecipeError
 from recipes.evidence import (
     HUB_ID,
     Asset,
+    Claim,
     Doubt,
     Role,
     bare_model,
@@ -72,15 +73,14 @@ def _model(ref: Ref, role: Role, stated: str | None) -> Asset:
 
 
 def _source(source: Source, role: Role, columns: bool) -> Asset:
+    if source.embedded is not None:
+        return _embedded_data(source.embedded, role)
     if source.hub is not None:
         made = hub_data(source.hub, role, source.license)
     elif source.ref.path is None or not source.ref.path.exists():
         raise RecipeError(f"there is no data at {source.ref}", "licence gate", "correct the path")
     else:
-        # Embedded data is ours and was judged when it was written: its rows need no second reading.
-        embedded = source.embedded is not None
-        stated = "CC0-1.0" if embedded else source.license
-        made = local_data(source.ref.path, str(source.ref), role, stated, columns=columns and not embedded)
+        made = local_data(source.ref.path, str(source.ref), role, source.license, columns)
     if source.generated_by is None:
         return made
     writer = asset_named(source.generated_by, "teacher")
@@ -99,7 +99,9 @@ def asset_named(text: str, role: Role, stated: str | None = None) -> Asset:
         folder = EMBEDDED / plain.removeprefix("embedded:")
         if not folder.is_dir() or folder == EMBEDDED:
             raise RecipeError(f"nothing is embedded under '{plain}'", "asset", "retort plan lists none of that name")
-        return _local(folder, plain, role, stated or (None if (folder / "config.json").is_file() else "CC0-1.0"))
+        if not (folder / "config.json").is_file():
+            return _embedded_data(folder.name, role)
+        return _local(folder, plain, role, stated)
     path = Path(plain).expanduser()
     if plain.startswith(("/", "./", "../", "~")) or (plain and path.exists()):
         if not path.exists():
@@ -119,6 +121,12 @@ def asset_named(text: str, role: Role, stated: str | None = None) -> Asset:
     if role in {"data", "eval"}:
         return hub_data(name.removeprefix("datasets/"), role, stated)
     return hub_model(name, role, stated)
+
+
+def _embedded_data(name: str, role: Role) -> Asset:
+    """Rows that Retort ships: our own, written by our own generators."""
+    claim = Claim("cc0-1.0", "CC0-1.0", f"recipes/embedded/{name}/README.md")
+    return Asset(f"embedded:{name}", role, "data", (claim,))
 
 
 def _local(path: Path, name: str, role: Role, stated: str | None) -> Asset:
@@ -148,4 +156,3 @@ def _endpoint(address: str, role: Role) -> Asset:
     says = "what a server calls its model proves nothing"
     doubt = Doubt("block", says, "the address", "name the model by its hub id or folder", unknown=True)
     return Asset(address, role, "service", (), (), (doubt,))
-

@@ -1,8 +1,8 @@
 """Licence texts told by their content: sketches of five-word shingles, compared in both directions.
 
-A text is identified when nearly all of a known licence is in it and little else is: a licence with an added paragraph is
-another licence. Sketches (`licenses/texts.json`) keep the hashes that are divisible by a stride (FracMinHash, Irber et
-al. 2022), so that the share of one text in another can be told from both sketches.
+A text is identified when nearly all of a known licence is in it and little else is: a licence with an added paragraph
+is another licence. Sketches (`licenses/texts.json`) keep the hashes that are divisible by a stride (FracMinHash, Irber
+et al. 2022), so that the share of one text in another can be told from both sketches.
 """
 
 from __future__ import annotations

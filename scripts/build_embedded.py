@@ -1,14 +1,14 @@
 """Build `embedded:tiny`, `embedded:tiny-teacher` and `embedded:arithmetic` from a seed.
 
-    python -m scripts.build_embedded               # measured: 26 minutes on 2 cores (tiny 17, teacher 9)
+    python -m scripts.build_embedded               # measured: 29 minutes on 2 cores (tiny 17, teacher 12)
     python -m scripts.build_embedded --quick --output DIR  # a few steps, to see that it runs
 
 All text is written by the generators in scripts/corpus and scripts/build_legal_data.py. `tiny` first practises copying,
 then reads everyday text, contract clauses with an editor's notes, chats that ask for such notes, arithmetic and
 everyday chat; none of it is a row or a question of the tasks.
-The teacher is `tiny` grown to nearly four times its parameters and tuned on the train rows of `embedded:legal` and
-`embedded:arithmetic`, which the base never sees. `tiny` is committed; the teacher is not yet good enough to be: it
-answers 45% of the held-out legal rows and 12% of the arithmetic ones.
+The teacher is `tiny` tuned on new rows of the train wordings of `embedded:legal` and on arithmetic, then grown to
+nearly four times its parameters and tuned on more of them. The budget allows no more: the small network reads 6,400
+tokens a second, the large one 2,400. Grown before any tuning, it answered 45% of the held-out rows.
 
 Architecture: Llama (RoPE, RMSNorm, SwiGLU, tied embeddings), because every trainer, server and converter knows it, with
 attention biases, which let a head look one token back from the start (scripts/corpus/induction.py). Not Qwen2: for that
@@ -31,6 +31,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recipes.lineage import packages, write_manifest
+from scripts.build_legal_data import clauses, conversations, rows_of
 from scripts.corpus import arithmetic, cards, everyday, general, legal
 from scripts.corpus.growth import grow
 from scripts.corpus.induction import LENGTH, look_back, practice_batches
@@ -44,11 +45,11 @@ SIZES = {
     "tiny": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 512},
     "tiny-teacher": {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1024},
 }
-PEAK = {"practice": 1.0, "pretraining": 1.0, "tuning": 0.1}  # of the peak learning rates
+PEAK = {"practice": 1.0, "pretraining": 1.0, "tuning": 0.15, "tuning after growth": 0.1}  # of the peak learning rates
 WINDOW = 256  # tokens of a pretraining window
 BATCH_ROWS = 8  # windows of a step
 PRACTICE_ROWS = 16  # practice rows of a step
-BUDGET = {"practice": 720_000, "pretraining": 6_800_000, "tuning": 1_300_000}  # tokens
+BUDGET = {"practice": 720_000, "pretraining": 6_800_000, "tuning": 2_500_000, "tuning after growth": 850_000}  # tokens
 ARITHMETIC_ROWS = {"train": 3000, "heldout": 400}
 
 # Share of documents by part. Arithmetic chat mostly answers without working, so the base stays a weak calculator.
@@ -77,17 +78,20 @@ def main() -> None:
         tiny = new_model("tiny", tokenizer)
         save(tiny, "tiny", tokenizer, options, read(tiny, tokenizer, budget, options.seed), parents=[])
     if "tiny-teacher" in options.models:
-        build_teacher(options, budget["tuning"])
+        build_teacher(options, budget)
     print(f"built in {(time.monotonic() - start) / 60:.1f} minutes")
 
 
-def build_teacher(options: argparse.Namespace, tokens: int) -> None:
-    """Grow the `tiny` in the output folder, and tune it."""
+def build_teacher(options: argparse.Namespace, budget: dict[str, int]) -> None:
+    """Tune the `tiny` in the output folder, grow it, and tune what it grew into."""
     torch.manual_seed(options.seed)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.output / "tiny")
+    small = LlamaForCausalLM.from_pretrained(options.output / "tiny", dtype=torch.float32)
+    training = {"tuning": tune(small, tokenizer, "tuning", budget, options.seed + 1)}
     teacher = new_model("tiny-teacher", tokenizer)
-    grow(LlamaForCausalLM.from_pretrained(options.output / "tiny", dtype=torch.float32), teacher)
-    facts = {"training": {"tuning": tune(teacher, tokenizer, tokens, options.seed)}}
+    grow(small, teacher)
+    training["tuning after growth"] = tune(teacher, tokenizer, "tuning after growth", budget, options.seed + 2)
+    facts = {"training": training}
     data = [{"role": "data", "ref": f"embedded:{name}", "license": "CC0-1.0"} for name in ("legal", "arithmetic")]
     base = {"role": "base", "ref": "embedded:tiny", "license": "Apache-2.0"}
     save(teacher, "tiny-teacher", tokenizer, options, facts, parents=[base, *data])
@@ -170,14 +174,17 @@ def new_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
     return LlamaForCausalLM(config)
 
 
-def tune(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> dict[str, Any]:
-    """Full fine-tuning on the train rows of both tasks, loss on the answers only."""
-    rows = read_rows(EMBEDDED / "legal" / "conversations.jsonl")
-    pairs = encode_rows(tokenizer, rows + arithmetic.rows(seed, ARITHMETIC_ROWS["train"], heldout=False))
-    epochs = max(1, round(tokens / sum(len(ids) for ids, _ in pairs)))
+def tune(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, part: str, budget: dict[str, int], seed: int
+) -> dict[str, Any]:
+    """Full fine-tuning on new rows of both tasks, loss on the answers only."""
+    legal_rows = conversations(seed, rows_of(clauses(seed, max(200, budget[part] // 300), "train")))
+    sums = arithmetic.rows(seed, len(legal_rows) * 5 // 4, heldout=False)
+    pairs = encode_rows(tokenizer, legal_rows + sums)
+    epochs = max(1, -(-budget[part] // sum(len(ids) for ids, _ in pairs)))
     batches = row_batches(pairs, WINDOW * BATCH_ROWS, epochs, tokenizer.pad_token_id, seed)
-    steps = min(len(batches), max(2, tokens // (WINDOW * BATCH_ROWS)))
-    return fit(model, batches, steps, "tuning", PEAK["tuning"])
+    steps = min(len(batches), max(2, budget[part] // (WINDOW * BATCH_ROWS)))
+    return fit(model, batches, steps, part, PEAK[part])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

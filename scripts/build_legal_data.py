@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -219,6 +219,11 @@ def rows(seed: int, split: str) -> list[dict[str, Any]]:
     """The chat rows of a split, in shuffled clause order; the rows of one clause share `group`."""
     made = list(clauses(seed, SIZES[split], split))
     Random(f"{seed}/order/{split}").shuffle(made)
+    return rows_of(made, split)
+
+
+def rows_of(made: Iterable[Clause], split: str = "train") -> list[dict[str, Any]]:
+    """The chat rows of clauses."""
     return [
         {
             "messages": [

@@ -46,12 +46,44 @@ TEXTS = {
     "bsd-new": "bsd-3-clause",
     "bsd-simplified": "bsd-2-clause",
 }
-ALIKE = (
-    "apache-2.0 mit isc unlicense zlib openmdw-1.0 openatom-model-1.0 qwen-2024 tongyi-qianwen-2023 cc0-1.0 cc-by-3.0 "
-    "cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 "
-    "cc-by-nc-nd-4.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 odbl-1.0 odc-by-1.0 pddl-1.0 c-uda-1.0 "
-    "mpl-2.0 gpl-3.0 agpl-3.0 lgpl-3.0 artistic-2.0 afl-3.0 ecl-2.0 ms-pl wtfpl-2.0"
-).split()
+ALIKE = [
+    "apache-2.0",
+    "mit",
+    "isc",
+    "unlicense",
+    "zlib",
+    "openmdw-1.0",
+    "openatom-model-1.0",
+    "qwen-2024",
+    "tongyi-qianwen-2023",
+    "cc0-1.0",
+    "cc-by-3.0",
+    "cc-by-4.0",
+    "cc-by-sa-3.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-3.0",
+    "cc-by-nc-4.0",
+    "cc-by-nc-sa-3.0",
+    "cc-by-nc-sa-4.0",
+    "cc-by-nd-4.0",
+    "cc-by-nc-nd-4.0",
+    "cdla-permissive-1.0",
+    "cdla-permissive-2.0",
+    "cdla-sharing-1.0",
+    "odbl-1.0",
+    "odc-by-1.0",
+    "pddl-1.0",
+    "c-uda-1.0",
+    "mpl-2.0",
+    "gpl-3.0",
+    "agpl-3.0",
+    "lgpl-3.0",
+    "artistic-2.0",
+    "afl-3.0",
+    "ecl-2.0",
+    "ms-pl",
+    "wtfpl-2.0",
+]
 
 
 def main() -> None:

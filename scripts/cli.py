@@ -152,7 +152,9 @@ def gate(
     ] = None,
     role: Annotated[str, typer.Option(help="with --asset: base, teacher, judge, data or eval")] = "base",
     purpose: Annotated[str, typer.Option(help="with --asset: commercial, research or internal")] = "commercial",
-    distribute: Annotated[bool, typer.Option("--distribute", help="with --asset: the model is given to others")] = False,
+    distribute: Annotated[
+        bool, typer.Option("--distribute", help="with --asset: the model is given to others")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="with --asset: name under which the model is published")] = None,
     users: Annotated[int | None, typer.Option(help="with --asset: monthly active users")] = None,
     revenue: Annotated[float | None, typer.Option(help="with --asset: annual revenue in US dollars")] = None,

@@ -76,9 +76,13 @@ def licences(wanted: str | None, as_json: bool) -> str:
     known = facts()
     if wanted is None:
         if as_json:
-            return json.dumps([{"id": i.id, "name": i.name, "verified": i.verified} for i in known.licences.values()], indent=2)
-        rows = [f"{i.id:32} outputs: {i.outputs.rule:14} commercial: {i.commercial.rule:14} {i.verified:9} {i.name}"
-                for i in known.licences.values()]
+            return json.dumps(
+                [{"id": i.id, "name": i.name, "verified": i.verified} for i in known.licences.values()], indent=2
+            )
+        rows = [
+            f"{i.id:32} outputs: {i.outputs.rule:14} commercial: {i.commercial.rule:14} {i.verified:9} {i.name}"
+            for i in known.licences.values()
+        ]
         return "\n".join(rows)
     name = known.named(wanted)
     if name is None:

@@ -100,7 +100,9 @@ def test_gguf_files(tmp_path: Path) -> None:
     url = "general__base_model__0__repo_url"
     clean = gguf(tmp_path / "q.gguf", general__license="apache-2.0", **{url: "https://huggingface.co/Qwen/Qwen3-8B"})
     assert asked(clean).verdict == "allow"
-    labelled = gguf(tmp_path / "l.gguf", general__license="apache-2.0", **{url: "https://huggingface.co/meta-llama/Llama-2-7b-hf"})
+    labelled = gguf(
+        tmp_path / "l.gguf", general__license="apache-2.0", **{url: "https://huggingface.co/meta-llama/Llama-2-7b-hf"}
+    )
     assert any(r.license == "llama-2" and r.effect == "block" for r in asked(labelled).reasons)
     assert asked(gguf(tmp_path / "n.gguf", general__license="apache-2.0")).verdict == "block"
     (tmp_path / "t.gguf").write_bytes(b"GGUF\x03\0\0")
@@ -118,7 +120,9 @@ def test_a_licence_text_with_an_added_paragraph_is_another_licence(tmp_path: Pat
     folder = model(tmp_path / "m", "license: mit")
     (folder / "LICENSE").write_text(f"MIT License\n\nCopyright (c) 2026 Somebody\n\n{MIT}")
     assert asked(folder).verdict == "allow"
-    added = "\nOur only modification: whoever earns more than twenty million dollars a month shows our name on every page."
+    added = (
+        "\nOur only modification: whoever earns more than twenty million dollars a month shows our name on every page."
+    )
     (folder / "LICENSE").write_text(MIT + added * 2)
     assert asked(folder).verdict == "block"
 
@@ -133,8 +137,8 @@ def test_a_tag_against_a_licence_text_needs_a_person(tmp_path: Path) -> None:
     ("ref", "verdict"),
     [
         (" Qwen/QWEN3-8b ", "allow"),
-        ("Ｑｗｅｎ/Qwen3-8B", "allow"),  # noqa: RUF001  full-width letters are the same letters
-        ("Qwеn/Qwen3-8B", "block"),  # noqa: RUF001  a Cyrillic e is not
+        ("Ｑｗｅｎ/Qwen3-8B", "allow"),
+        ("Qwеn/Qwen3-8B", "block"),
         ("meta-IIama/Llama-3.1-8B", "block"),
         ("https://huggingface.co/Qwen/Qwen3-8B", "allow"),
         ("unsloth/Qwen3-8B-bnb-4bit", "allow"),
@@ -196,7 +200,9 @@ def test_published_sets(ref: str, verdict: str) -> None:
     assert asked(ref, "data").verdict == verdict
 
 
-def recipe(tmp_path: Path, base: str, teacher: str, use: str = "purpose: commercial, distribute: true", more: str = "") -> Any:
+def recipe(
+    tmp_path: Path, base: str, teacher: str, use: str = "purpose: commercial, distribute: true", more: str = ""
+) -> Any:
     data = rows(tmp_path / "d.jsonl", {"prompt": "a", "completion": "b"})
     path = tmp_path / "r.yaml"
     path.write_text(
@@ -277,8 +283,14 @@ def test_a_refusal_names_asset_licence_clause_source_and_remedy() -> None:
 
 def test_every_fact_has_a_source_and_every_statement_says_something() -> None:
     for licence in facts().licences.values():
-        for statement in (licence.outputs, licence.commercial, *licence.limits, *licence.territories, *licence.obligations):
+        for statement in (
+            licence.outputs,
+            licence.commercial,
+            *licence.limits,
+            *licence.territories,
+            *licence.obligations,
+        ):
             assert licence.origin(statement).strip() and statement.says.strip(), licence.id
-        if licence.verified in {"full", "excerpt"}:
+        if licence.outputs.rule != "silent" and licence.depth(licence.outputs) == "full":
             assert licence.outputs.clause, licence.id
     assert all(f.source.strip() for f in facts().families.models)

@@ -170,7 +170,7 @@ def test_overrides_are_yaml_typed_and_fail_like_files(tmp_path: Path) -> None:
         (MINIMAL + "schema_version: 2\n", "'schema_version'"),
         (MINIMAL + "eval: {metrics: [macro_f1]}\n", "need eval.labels"),
         (MINIMAL + "use: {purpose: war, distribute: true}\n", "'use.purpose'"),
-        (MINIMAL + "adapter: null\n" + "teacher: {}\n", "'teacher': should be null"),
+        (MINIMAL + "adapter: null\n" + "teacher: {}\n", "the key 'teacher.model' is missing"),
     ],
 )
 def test_broken_recipes_end_in_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
