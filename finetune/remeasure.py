@@ -8,7 +8,7 @@ from finetune.layout import find_device
 from finetune.runs import changed_keys, load_run_recipe, say
 from recipes.errors import RecipeError
 from recipes.gate import check
-from recipes.lineage import read_manifest, verify
+from recipes.lineage import SEAL, read_manifest, verify
 from recipes.schema import Recipe
 
 
@@ -41,6 +41,6 @@ def remeasure(recipe: Recipe) -> None:
     base = stages.base_answers(recipe, model, prepared.tokenizer, rows, folder)
     tuned = stages.load_tuned(recipe, model, folder)
     result = stages.tuned_result(recipe, tuned, prepared.tokenizer, rows, base, folder)
-    content = {k: v for k, v in manifest.items() if k not in {"created", "retort_version", "files"}}
+    content = {k: v for k, v in manifest.items() if k not in {"created", "retort_version", "files", SEAL}}
     stages.publish(folder, {**content, "metrics": (result or {}).get("metrics", {})})
     say(stages.result_table(folder), f"report and model card are in {folder}")

@@ -210,10 +210,13 @@ def words_of(value: Any) -> list[str]:
 
 def duties_of(verdict: Any) -> list[str]:
     """The obligations of a verdict in a sentence each."""
+    found = dig(verdict, "obligations")
     return [
         f"{d.get('asset')}, {d.get('license')} {d.get('clause') or ''}: {d.get('says')}"
         + (" (not met yet)" if d.get("met") is False else "")
-        for d in rows_of(dig(verdict, "obligations"))
+        if isinstance(d, dict)
+        else str(d)
+        for d in (found if isinstance(found, (list, tuple)) else [])
     ]
 
 

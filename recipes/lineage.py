@@ -17,6 +17,7 @@ from typing import Any
 from recipes.errors import DataError, RetortError
 
 MANIFEST = "manifest.json"
+SEAL = "manifest_sha256"
 PACKAGES = (
     "torch",
     "transformers",
@@ -90,7 +91,13 @@ def cannot_write(path: Path | str, error: OSError) -> RetortError:
 def build_manifest(folder: Path, content: dict[str, Any], files: Iterable[str] | None = None) -> dict[str, Any]:
     """`content` with date, version and the hashes of `files` (all files of the folder when None)."""
     stamp = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "retort_version": version()}
-    return {**content, **stamp, "files": sha256_files(folder, files)}
+    return sealed({**content, **stamp, "files": sha256_files(folder, files)})
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a hash over itself, so that a changed one is told from a whole one."""
+    content = {k: v for k, v in manifest.items() if k != SEAL}
+    return {**content, SEAL: sha256_json(content)}
 
 
 def write_manifest(folder: Path, content: dict[str, Any], files: Iterable[str] | None = None) -> dict[str, Any]:
@@ -105,14 +112,14 @@ def refresh(folder: Path, names: Iterable[str]) -> None:
     manifest = read_manifest(folder)
     if manifest is not None:
         manifest["files"] |= sha256_files(folder, names)
-        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(folder / MANIFEST, json.dumps(sealed(manifest), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder, or None where it has none (an unfinished artefact).
 
     Raises:
-        DataError: there is one, and it is no JSON object.
+        DataError: there is one, and it is no JSON object, or not as it was written.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -123,6 +130,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise DataError(f"cannot be read ({error})", str(path), "run the stage that made it again") from None
     if not isinstance(manifest, dict):
         raise DataError("is no JSON object", str(path), "run the stage that made it again")
+    if "retort_version" in manifest and manifest != sealed(manifest):
+        raise DataError("was changed after it was written", str(path), "run the stage that made it again")
     return manifest
 
 

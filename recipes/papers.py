@@ -90,7 +90,7 @@ class Found:
             says = "no card, licence text or recipe states what it is under"
             # Of an adapter most is its base, which is judged beside it.
             effect = "review" if kind == "adapter" else "block"
-            self.doubt(effect, says, "no evidence", "state its licence, or attest", unknown=True)
+            self.doubt(effect, says, "no evidence", "state its licence in the recipe, or attest", unknown=True)
         return Asset(
             name,
             role,

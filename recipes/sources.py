@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from recipes.errors import RecipeError
+from recipes.errors import DataError, RecipeError
 from recipes.evidence import (
     HUB_ID,
     Asset,
@@ -22,7 +22,7 @@ from recipes.evidence import (
     service_asset,
 )
 from recipes.papers import hub_data, hub_model, local_data, local_model, to_record
-from recipes.refs import EMBEDDED, Ref
+from recipes.refs import EMBEDDED, Ref, require_model_folder
 from recipes.schema import Recipe, Source
 
 
@@ -67,9 +67,9 @@ def _recipe_assets(recipe: Recipe, columns: bool) -> Iterator[Asset]:
 def _model(ref: Ref, role: Role, stated: str | None) -> Asset:
     if ref.kind == "hub":
         return hub_model(str(ref), role, stated)
-    if ref.path is None or not ref.path.exists():
-        raise RecipeError(f"there is no model at {ref}", "licence gate", "correct the path")
-    return local_model(ref.path, str(ref), role, stated)
+    folder = require_model_folder(ref, f"model.{role}")
+    assert folder is not None  # a hub reference went its way above
+    return local_model(folder, str(ref), role, stated)
 
 
 def _source(source: Source, role: Role, columns: bool) -> Asset:
@@ -78,7 +78,7 @@ def _source(source: Source, role: Role, columns: bool) -> Asset:
     if source.hub is not None:
         made = hub_data(source.hub, role, source.license)
     elif source.ref.path is None or not source.ref.path.exists():
-        raise RecipeError(f"there is no data at {source.ref}", "licence gate", "correct the path")
+        raise DataError("no such data file", str(source.ref), f"looked in {Path.cwd()}")
     else:
         made = local_data(source.ref.path, str(source.ref), role, source.license, columns)
     if source.generated_by is None:

@@ -132,6 +132,20 @@ def evaluate(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 @app.command()
 @_one_line
+def export(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    merged: Annotated[bool, typer.Option("--merged", help="merge the adapter into the unquantised base")] = False,
+    licence_text: Annotated[list[Path] | None, typer.Option(help="a licence text to hand over, repeatable")] = None,
+) -> None:
+    """Hand over a finished run with its papers; fails while a duty of its licences is not met."""
+    from finetune.export import export as write_export
+
+    print(write_export(load_recipe(recipe, set_ or ()), merged, licence_text or ()))
+
+
+@app.command()
+@_one_line
 def report(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
     """Write report.html and the model card of a run again."""
     from finetune.report import write_card, write_report

@@ -135,8 +135,9 @@ def describe(plan: dict[str, Any]) -> list[str]:
         *(
             f"           {r['effect']}: {r['asset']} ({r['license'] or 'no licence stated'})"
             for r in plan["verdict"]["reasons"]
+            if r["effect"] in {"block", "review"}
         ),
-        *(f"           obligation: {o}" for o in plan["verdict"]["obligations"]),
+        *(f"           obligation: {o['asset']}, {o['license']}: {o['says']}" for o in plan["verdict"]["obligations"]),
         *(
             f"data     {name}: {'unknown' if rows is None else f'{rows:,}'} rows"
             for name, rows in data["sources"].items()

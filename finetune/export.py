@@ -1,0 +1,177 @@
+"""`retort export RECIPE`: a folder to hand over, with its papers. It fails while a duty of the licences is unmet."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.bom import bill_of_materials
+from finetune.runs import changed_keys, load_run_recipe
+from recipes.errors import DataError, GateError, RecipeError
+from recipes.evidence import Asset
+from recipes.facts import facts
+from recipes.gate import Due, Verdict, judge
+from recipes.lineage import cannot_write, code_state, packages, read_manifest, verify, write_manifest
+from recipes.papers import to_record
+from recipes.schema import Recipe
+from recipes.sources import recipe_assets
+from recipes.texts import identify
+
+EXPORT = "export"
+DUTIES = {  # how an export meets a duty; the others it can only pass on
+    "name_prefix": "the name",
+    "licence_copy": "the licence text in licences/",
+    "notice_file": "NOTICE",
+    "attribution": "NOTICE",
+    "keep_notices": "NOTICE",
+    "modified_notice": "NOTICE",
+    "display": "NOTICE and the model card",
+    "use_restrictions": "the model card",
+    "acceptable_use": "the model card",
+    "share_alike": "the model card",
+}
+
+
+def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> Path:
+    """Write `export/` of a finished run: weights, licence texts, NOTICE, model card, bill of materials, manifest.
+
+    Args:
+        merged: merge the adapter into the unquantised base instead of handing over the adapter.
+        texts: further licence texts, told by their content.
+
+    Raises:
+        RecipeError: there is no finished run of this recipe. DataError: its files were changed.
+        GateError: the gate refuses the plan, or a duty is not met; the message says which.
+    """
+    run = recipe.run_dir
+    manifest = _finished(recipe, run)
+    assets = recipe_assets(recipe)
+    verdict = judge(assets, recipe.use, recipe.attest)
+    verdict.require()
+    copies = _licence_texts(assets, texts)
+    if recipe.use is not None and recipe.use.distribute:
+        require_met(verdict, copies)
+    target, fresh = run / EXPORT, run / f"{EXPORT}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir(parents=True)
+        _weights(recipe, run, fresh, merged)
+        for licence, text in copies.items():
+            (fresh / "licences").mkdir(exist_ok=True)
+            shutil.copyfile(text, fresh / "licences" / f"{licence}.txt")
+        (fresh / "NOTICE").write_text(notice(verdict, assets), encoding="utf-8")
+        shutil.copyfile(run / "README.md", fresh / "README.md")
+        bill = bill_of_materials(manifest, assets, verdict)
+        (fresh / "bom.cdx.json").write_text(json.dumps(bill, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        content = {
+            "kind": "export",
+            "name": recipe.use.name if recipe.use and recipe.use.name else recipe.name,
+            "recipe": recipe.resolved(),
+            "parents": [{"role": "base", "ref": str(run), "files": manifest["files"]}],
+            "lineage": [to_record(asset) for asset in assets],
+            "verdict": verdict.as_dict(),
+            "code": code_state(),
+            "packages": packages(),
+        }
+        write_manifest(fresh, content)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise cannot_write(target, error) from None
+    return target
+
+
+def require_met(verdict: Verdict, copies: dict[str, Path]) -> None:
+    """Refuse while a duty that a program can check is not met."""
+    unmet = [_missing(due, copies) for due in verdict.obligations]
+    if found := [text for text in unmet if text]:
+        raise GateError(f"{len(found)} duties are not met: {'; '.join(dict.fromkeys(found))}", "export", _remedy(found))
+
+
+def _missing(due: Due, copies: dict[str, Path]) -> str | None:
+    if due.type == "name_prefix" and due.met is not True:
+        return f"{due.license} {due.clause or ''}: the name must begin with '{due.value}'"
+    licence = facts().licences[due.license]
+    by_link = licence.kind == "data" and licence.spdx is not None  # these let a link stand for the text; NOTICE has it
+    if due.type == "licence_copy" and due.license not in copies and not by_link:
+        return f"{due.license} {due.clause or ''}: its text is not at hand"
+    return None
+
+
+def _remedy(found: Sequence[str]) -> str:
+    names = any("begin with" in text for text in found)
+    texts = any("not at hand" in text for text in found)
+    return "; ".join(["set use.name accordingly"] * names + ["add --licence-text FILE for each text"] * texts)
+
+
+def notice(verdict: Verdict, assets: Sequence[Asset]) -> str:
+    """What must be said of the model's origin, in one text file."""
+    lines = [
+        "NOTICE",
+        "",
+        "This model was made with Retort from the following. It was changed by further training.",
+        "",
+    ]
+    for root in assets:
+        for asset, via in root.walk():
+            known = facts().licences
+            under = ", ".join(known[c].name for c in dict.fromkeys(c.licence for c in asset.claims if c.licence))
+            lines.append(
+                f"{'  ' * len(via)}- {asset.role}: {asset.name}, under {under or 'terms settled by attestation'}"
+            )
+    named = {c.licence for root in assets for asset, _ in root.walk() for c in asset.claims}
+    spdx = sorted(x.spdx for n in named if n and (x := facts().licences[n]).spdx)
+    lines += ["", "Licence texts:", *(f"- https://spdx.org/licenses/{one}.html" for one in spdx)] if spdx else []
+    fixed = [d.value for d in verdict.obligations if d.value and d.type in {"notice_file", "display"}]
+    lines += ["", *dict.fromkeys(fixed)] if fixed else []
+    lines += ["", "Duties that travel with it:", *dict.fromkeys(f"- {d.sentence()}" for d in verdict.obligations)]
+    lines += [f"- attested by {a['who']} on {a['when']} for {a['asset']}: {a['why']}" for a in verdict.attested]
+    return "\n".join(lines) + "\n"
+
+
+def _finished(recipe: Recipe, run: Path) -> dict[str, Any]:
+    manifest, trained = read_manifest(run), load_run_recipe(run)
+    if manifest is None or trained is None:
+        raise RecipeError("holds no finished run", str(run), "train the recipe first")
+    keys = [k for k in changed_keys(trained, recipe) if not k.startswith(("use.", "attest", "eval."))]
+    if keys:
+        raise RecipeError(f"holds a run of another recipe ({', '.join(keys[:4])})", str(run), "export that recipe")
+    if wrong := verify(run):
+        raise DataError(f"was changed after it was finished: {', '.join(wrong[:4])}", str(run), "train again")
+    return manifest
+
+
+def _licence_texts(assets: Sequence[Asset], more: Sequence[Path]) -> dict[str, Path]:
+    """Licence texts at hand, by licence."""
+    found: dict[str, Path] = {}
+    read = [Path(p) for root in assets for asset, _ in root.walk() for p in asset.files]
+    for path in [*more, *read]:
+        if not path.is_file():
+            raise RecipeError("there is no such licence text", str(path), "correct the path")
+        if path.stat().st_size < 1 << 20 and path.suffix in {"", ".txt", ".md"}:
+            match = identify(path.read_text("utf-8", errors="replace"))
+            if match.licence:
+                found.setdefault(match.licence, path)
+            elif path in more:
+                raise RecipeError("is no licence text that is known here", str(path), "give the unchanged text")
+    return found
+
+
+def _weights(recipe: Recipe, run: Path, target: Path, merged: bool) -> None:
+    source = next(f for f in (run / "adapter", run / "model") if f.is_dir())
+    if not merged or source.name == "model":
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return
+    from data_prep.tokens import load_tokenizer
+    from finetune import stages
+    from finetune.layout import find_device
+
+    whole = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "none"})})
+    tokenizer = load_tokenizer(recipe.model)
+    model = stages.load(whole, tokenizer, find_device(recipe.train.device))
+    stages.load_tuned(whole, model, run).merge_and_unload().save_pretrained(target)
+    tokenizer.backend.save_pretrained(target)

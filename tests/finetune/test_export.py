@@ -1,0 +1,124 @@
+"""Stages check what the stages before them made: a flipped byte anywhere is refused. And the hand-over with its papers."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_cli, run_train
+
+CARD = "---\nlicense: apache-2.0\n---\n# A tiny model of random weights\n"
+
+
+def flip(path: Path, seed: int) -> None:
+    """Change one byte of a file, wherever it falls."""
+    data = bytearray(path.read_bytes())
+    place = random.Random(seed).randrange(len(data))
+    data[place] ^= 1 << random.Random(seed + 1).randrange(7)
+    path.write_bytes(bytes(data))
+
+
+@pytest.fixture
+def plan(make_recipe: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """(recipe, base folder, sections) with a base that has a card."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    (base / "README.md").write_text(CARD)
+    sections = {
+        "model": {"base": str(base)},
+        "use": {"purpose": "commercial", "distribute": True, "name": "acme"},
+        "data": {
+            "train": [{"path": str(tmp_path / "rows.jsonl"), "license": "CC-BY-4.0"}],
+            "eval": {"fraction": 0.2},
+        },
+    }
+    return make_recipe(**sections), base, sections
+
+
+def last_line(text: str) -> str:
+    assert "Traceback" not in text
+    return text.strip().splitlines()[-1]
+
+
+def test_a_byte_flipped_between_prepare_and_train_is_refused(
+    plan: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe, base, _ = plan
+    assert run_cli("prepare", str(recipe), cwd=tmp_path).returncode == 0
+    data = tmp_path / "run" / "data"
+    targets = [data / "train.parquet", data / "manifest.json", base / "model.safetensors", base / "README.md"]
+    for seed, path in enumerate(targets):
+        whole = path.read_bytes()
+        flip(path, seed)
+        done = run_train(recipe)
+        assert done.returncode in {2, 3, 4}, (path, done.stdout, done.stderr)
+        assert "error" in last_line(done.stderr), path
+        path.write_bytes(whole)
+    (base / "README.md").unlink()  # a stripped card
+    done = run_train(recipe)
+    assert done.returncode == 3 and "no card" in last_line(done.stderr)
+
+
+@pytest.mark.slow
+def test_export_with_its_papers_and_what_it_refuses(plan: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+    recipe, base, sections = plan
+    assert run_train(recipe).returncode == 0
+    run = tmp_path / "run"
+    refused = run_cli("export", str(recipe), cwd=tmp_path)
+    assert refused.returncode == 3 and "apache-2.0" in refused.stderr and "text is not at hand" in refused.stderr
+    text = ["--licence-text", str(Path(__file__).parents[2] / "LICENSE")]
+    done = run_cli("export", str(recipe), *text, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = {p.name for p in (run / "export").iterdir()}
+    assert {"adapter_model.safetensors", "NOTICE", "README.md", "bom.cdx.json", "manifest.json", "licences"} <= made
+    notice = (run / "export" / "NOTICE").read_text()
+    assert "Apache License 2.0" in notice and "rows.jsonl" in notice and "3(a)" in notice
+    bill = json.loads((run / "export" / "bom.cdx.json").read_text())
+    validate = pytest.importorskip(
+        "cyclonedx.validation.json", reason="pip install cyclonedx-python-lib[json-validation]"
+    )
+    from cyclonedx.schema import SchemaVersion
+
+    assert validate.JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill)) is None
+    assert run_cli("verify", str(run / "export"), cwd=tmp_path).returncode == 0
+
+    # A student of this student: the whole lineage is judged again, and the label of the base no longer decides.
+    child = run_cli("gate", "--asset", str(run / "export"), "--role", "base", "--json", cwd=tmp_path)
+    verdict = json.loads(child.stdout)
+    assert verdict["verdict"] == "allow", verdict
+    assert {r["asset"] for r in verdict["reasons"]} >= {str(base), str(tmp_path / "rows.jsonl")}
+
+    merged = run_cli("export", str(recipe), "--merged", *text, cwd=tmp_path)
+    assert merged.returncode == 0 and (run / "export" / "model.safetensors").is_file(), merged.stderr
+
+    for seed, name in enumerate(
+        ["adapter/adapter_model.safetensors", "manifest.json", "README.md", "data/train.parquet"]
+    ):
+        whole = (run / name).read_bytes()
+        flip(run / name, seed)
+        done = run_cli("export", str(recipe), *text, cwd=tmp_path)
+        assert done.returncode == 4 and "was changed" in last_line(done.stderr) or "cannot be read" in done.stderr, name
+        (run / name).write_bytes(whole)
+    evil = {**sections["data"], "train": [{**sections["data"]["train"][0], "license": "CC-BY-NC-4.0"}]}
+    changed = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps({**changed, "data": evil}))
+    assert run_cli("export", str(recipe), *text, cwd=tmp_path).returncode in {2, 3}
+
+
+def test_a_missing_name_prefix_stops_the_export_and_not_the_training(
+    plan: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe, base, _ = plan
+    (base / "README.md").write_text("---\nlicense: llama3.1\n---\n")
+    told = ["--set", "use.monthly_active_users=10", "--set", "use.territories=[US]"]
+    gate = run_cli("gate", str(recipe), "--json", *told, cwd=tmp_path)
+    assert gate.returncode == 0
+    prefix = [d for d in json.loads(gate.stdout)["obligations"] if d["type"] == "name_prefix"]
+    assert [d["met"] for d in prefix] == [False]
+    named = run_cli("gate", str(recipe), "--json", *told, "--set", "use.name=Llama-acme", cwd=tmp_path)
+    assert [d["met"] for d in json.loads(named.stdout)["obligations"] if d["type"] == "name_prefix"] == [True]
