@@ -6,13 +6,15 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from finetune.run_files import duties_of
 from recipes.evidence import Asset
 from recipes.facts import facts
-from recipes.gate import Verdict
 from recipes.lineage import sha256_json, version
 
+BOM = "bom.cdx.json"
 
-def bill_of_materials(manifest: dict[str, Any], assets: Sequence[Asset], verdict: Verdict) -> dict[str, Any]:
+
+def bill_of_materials(manifest: dict[str, Any], assets: Sequence[Asset], verdict: dict[str, Any]) -> dict[str, Any]:
     """The model, what it was made from with licences and hashes, and the verdict, as one CycloneDX document."""
     components: dict[str, dict[str, Any]] = {}
     depends: dict[str, list[str]] = {}
@@ -38,8 +40,8 @@ def bill_of_materials(manifest: dict[str, Any], assets: Sequence[Asset], verdict
                 "name": name,
                 "modelCard": _model_card(manifest, assets),
                 "properties": [
-                    {"name": "retort:verdict", "value": verdict.verdict},
-                    *({"name": "retort:obligation", "value": d.sentence()} for d in verdict.obligations),
+                    {"name": "retort:verdict", "value": str(verdict.get("verdict"))},
+                    *({"name": "retort:obligation", "value": duty} for duty in duties_of(verdict)),
                 ],
             },
         },

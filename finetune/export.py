@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.bom import bill_of_materials
+from finetune.bom import BOM, bill_of_materials
 from finetune.runs import changed_keys, load_run_recipe
 from recipes.errors import DataError, GateError, RecipeError
 from recipes.evidence import Asset
@@ -64,8 +64,8 @@ def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> 
             shutil.copyfile(text, fresh / "licences" / f"{licence}.txt")
         (fresh / "NOTICE").write_text(notice(verdict, assets), encoding="utf-8")
         shutil.copyfile(run / "README.md", fresh / "README.md")
-        bill = bill_of_materials(manifest, assets, verdict)
-        (fresh / "bom.cdx.json").write_text(json.dumps(bill, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        bill = bill_of_materials(manifest, assets, verdict.as_dict())
+        (fresh / BOM).write_text(json.dumps(bill, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         content = {
             "kind": "export",
             "name": recipe.use.name if recipe.use and recipe.use.name else recipe.name,

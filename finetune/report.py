@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from finetune import charts
 from finetune.card import write_card
 from finetune.comparison import compared, headline, sampled
+from finetune.lineage_svg import lineage_svg
 from finetune.run_files import (
     DASH,
     RunFiles,
@@ -38,7 +39,9 @@ from finetune.run_files import (
     table_of,
     words_of,
 )
+from recipes.errors import DataError
 from recipes.lineage import write_atomic
+from recipes.papers import from_record
 
 __all__ = ["write_card", "write_report"]
 
@@ -87,6 +90,7 @@ def report_view(run: RunFiles) -> dict[str, Any]:
         "confidence": run.confidence,
         "verdict": _verdict(run),
         "lineage": _lineage(run),
+        "whole_lineage": _whole_lineage(run),
         "inputs": run.inputs,
         "data": _data(run),
         "curves": _curves(run),
@@ -160,6 +164,15 @@ def _verdict(run: RunFiles) -> dict[str, Any]:
         "unknown": words_of(verdict.get("unknown")),
         "attestations": rows_of(run.recipe.get("attest")),
     }
+
+
+def _whole_lineage(run: RunFiles) -> str:
+    """The tree of all assets as SVG; empty where the manifest holds none that can be read."""
+    try:
+        assets = [from_record(entry) for entry in run.manifest.get("lineage") or []]
+    except DataError:
+        return ""
+    return lineage_svg(rows_of(dig(run.manifest, "verdict", "reasons")), assets) if assets else ""
 
 
 def _lineage(run: RunFiles) -> dict[str, charts.Graph] | None:

@@ -17,6 +17,7 @@ from data_prep.prepare import Prepared
 from data_prep.tokens import Tokenizer, fetch
 from finetune import evals
 from finetune import preflight as checks
+from finetune.bom import BOM, bill_of_materials
 from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
 from finetune.layout import Device, Layout, model_facts, plan_layout
 from finetune.models import load_base
@@ -39,6 +40,7 @@ from recipes.lineage import (
     write_atomic,
     write_manifest,
 )
+from recipes.papers import from_record
 from recipes.schema import Recipe
 from recipes.sources import lineage
 
@@ -348,13 +350,24 @@ def publish(folder: Path, content: dict[str, Any]) -> None:
 
     # The report shows the manifest and the manifest lists the report: what it shows is this draft, all but final.
     draft = build_manifest(folder, content, _result_files(folder))
+    bill = bill_of_materials(draft, [from_record(entry) for entry in content.get("lineage", [])], content["verdict"])
+    write_atomic(folder / BOM, json.dumps(bill, indent=2, ensure_ascii=False) + "\n")
     write_card(folder, draft)
     write_report(folder, draft)
     write_manifest(folder, content, _result_files(folder))
 
 
 def _result_files(folder: Path) -> list[str]:
-    single = ("recipe.yaml", "plan.json", "preflight.json", "metrics.jsonl", "masks.json", "eval.json", "samples.jsonl")
+    single = (
+        "recipe.yaml",
+        "plan.json",
+        "preflight.json",
+        "metrics.jsonl",
+        "masks.json",
+        "eval.json",
+        "samples.jsonl",
+        BOM,
+    )
     names = [n for n in (*single, "report.html", "README.md") if (folder / n).is_file()]
     for part in ("adapter", "model", "data"):
         if (folder / part).is_dir():

@@ -1,4 +1,4 @@
-"""Stages check what the stages before them made: a flipped byte anywhere is refused. And the hand-over with its papers."""
+"""Each stage checks what the stages before it made: a flipped byte is refused. And the hand-over with its papers."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def test_export_with_its_papers_and_what_it_refuses(plan: tuple[Path, Path, dict
         whole = (run / name).read_bytes()
         flip(run / name, seed)
         done = run_cli("export", str(recipe), *text, cwd=tmp_path)
-        assert done.returncode == 4 and "was changed" in last_line(done.stderr) or "cannot be read" in done.stderr, name
+        assert (done.returncode == 4 and "was changed" in last_line(done.stderr)) or "cannot be read" in done.stderr, (
+            name
+        )
         (run / name).write_bytes(whole)
     evil = {**sections["data"], "train": [{**sections["data"]["train"][0], "license": "CC-BY-NC-4.0"}]}
     changed = json.loads(recipe.read_text())
