@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_cli, run_train
+from conftest import colour_rows, run_cli, run_train, write_rows
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.prepare import prepare
+from recipes.errors import RetortError
+from recipes.load import load_recipe
 
 CARD = "---\nlicense: apache-2.0\n---\n# A tiny model of random weights\n"
 
@@ -64,6 +72,45 @@ def test_a_byte_flipped_between_prepare_and_train_is_refused(
     assert done.returncode == 3 and "no card" in last_line(done.stderr)
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, list[Path]]:
+    """(recipe, every file that a stage after `prepare` reads): data, manifest, rows, weights, configuration, card."""
+    folder = tmp_path_factory.mktemp("sealed")
+    shutil.copytree(tiny_model, folder / "base")
+    (folder / "base" / "README.md").write_text(CARD)
+    rows = write_rows(folder / "rows.jsonl", colour_rows())
+    recipe = {
+        "name": "sealed",
+        "output": str(folder / "run"),
+        "use": {"purpose": "commercial", "distribute": True},
+        "model": {"base": str(folder / "base")},
+        "data": {"train": [{"path": str(rows), "license": "CC-BY-4.0"}], "eval": {"fraction": 0.2}},
+        "train": {"seq_len": 128},
+    }
+    (folder / "r.yaml").write_text(json.dumps(recipe))
+    loaded = load_recipe(folder / "r.yaml")
+    prepare(loaded, loaded.run_dir)
+    data = [p for p in (folder / "run" / "data").iterdir() if p.stat().st_size]
+    return folder / "r.yaml", [rows, *data, *(p for p in (folder / "base").iterdir() if p.is_file())]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_flipped_byte_is_taken_for_whole(prepared: tuple[Path, list[Path]], data: st.DataObject) -> None:
+    recipe, files = prepared
+    path = data.draw(st.sampled_from(files))
+    whole = path.read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << data.draw(st.integers(0, 7)))]) + whole[place + 1 :])
+    try:
+        loaded = load_recipe(recipe)
+        with pytest.raises(RetortError):
+            prepare(loaded, loaded.run_dir, keep=True)
+    finally:
+        path.write_bytes(whole)
+    assert prepare(loaded, loaded.run_dir, keep=True).reused
+
+
 @pytest.mark.slow
 def test_export_with_its_papers_and_what_it_refuses(plan: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     recipe, base, sections = plan
@@ -79,12 +126,7 @@ def test_export_with_its_papers_and_what_it_refuses(plan: tuple[Path, Path, dict
     notice = (run / "export" / "NOTICE").read_text()
     assert "Apache License 2.0" in notice and "rows.jsonl" in notice and "3(a)" in notice
     bill = json.loads((run / "export" / "bom.cdx.json").read_text())
-    validate = pytest.importorskip(
-        "cyclonedx.validation.json", reason="pip install cyclonedx-python-lib[json-validation]"
-    )
-    from cyclonedx.schema import SchemaVersion
-
-    assert validate.JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill)) is None
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill)) is None
     assert run_cli("verify", str(run / "export"), cwd=tmp_path).returncode == 0
 
     # A student of this student: the whole lineage is judged again, and the label of the base no longer decides.
