@@ -14,7 +14,7 @@ from recipes.schema import Model
 
 PLAIN_TEMPLATE = Path(__file__).resolve().parent.parent / "recipes" / "templates" / "plain.jinja"
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-_MODEL_FILES = [*_TOKENIZER_FILES, "*.safetensors", "*.md", "LICENSE*", "*.py"]
+_MODEL_FILES = [*_TOKENIZER_FILES, "*.safetensors", "*.md", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "*.py"]
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> None:
 def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
     """Prepare, measure the base, train, measure the tuned model, report."""
     from data_prep.prepare import prepare, read_rows
+    from data_prep.tokens import fetch
     from finetune.layout import find_device, model_facts, refuse_impossible
     from recipes.refs import require_model_folder
 
@@ -70,6 +71,10 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
     refuse_impossible(recipe, device, model_facts(here) if here is not None else None)
     with main_process_first():
         prepared = prepare(recipe, folder)
+        if recipe.model.ref.kind == "hub":  # judged by its name so far; now that its files are here, by them
+            fetch(recipe.model.ref, True)
+            verdict = check(recipe)
+            verdict.require()
     tokenizer = prepared.tokenizer
 
     from finetune import evals, stages, tracking  # torch comes in here, after all that is cheap to refuse

@@ -187,6 +187,9 @@ def hub_model(name: str, role: Role, stated: str | None = None) -> Asset:
         _licence_texts(folder, found)
         if (folder / "adapter_config.json").is_file():
             _adapter(folder, found, role, 0)
+        if len(found.claims) == before and any(folder.glob("*.safetensors")):
+            says = "its files do not say what it is under, so they do not confirm what its name suggests"
+            found.doubt("review", says, "no card, no licence text", "read its page on the hub, and attest")
         if len(found.claims) > before:  # the files answer what the name left open
             found.doubts = [d for d in found.doubts if d.source != "no evidence"]
     return Asset(

@@ -294,3 +294,21 @@ def test_every_fact_has_a_source_and_every_statement_says_something() -> None:
         if licence.outputs.rule != "silent" and licence.depth(licence.outputs) == "full":
             assert licence.outputs.clause, licence.id
     assert all(f.source.strip() for f in facts().families.models)
+
+
+def test_a_cached_repository_is_judged_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "a" * 40
+    folder = model(tmp_path / "models--Qwen--Qwen3-8B" / "snapshots" / commit, "license: apache-2.0")
+    (tmp_path / "models--Qwen--Qwen3-8B" / "refs").mkdir()
+    (tmp_path / "models--Qwen--Qwen3-8B" / "refs" / "main").write_text(commit)
+    assert not asked("Qwen/Qwen3-8B", "base").provisional
+    assert asked(f"Qwen/Qwen3-8B@{commit}", "base").verdict == "allow"
+    assert asked("Qwen/Qwen3-8B@" + "b" * 40, "base").provisional
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: llama2\n---\n")
+    assert asked("Qwen/Qwen3-8B", "teacher").verdict == "block"
+    (folder / "README.md").unlink()
+    (folder / "model.safetensors").write_bytes(b"")
+    assert asked("Qwen/Qwen3-8B", "base").verdict == "review"
