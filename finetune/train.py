@@ -64,6 +64,7 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
     from data_prep.tokens import fetch
     from finetune.layout import find_device, model_facts, refuse_impossible
     from recipes.refs import require_model_folder
+    from recipes.signing import require_signature
 
     folder: Path = opened.folder
     device = find_device(recipe.train.device)
@@ -75,6 +76,8 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
             fetch(recipe.model.ref, True)
             verdict = check(recipe)
             verdict.require()
+        if recipe.model.public_key is not None:
+            require_signature(fetch(recipe.model.ref, True), Path(recipe.model.public_key))
     tokenizer = prepared.tokenizer
 
     from finetune import evals, stages, tracking  # torch comes in here, after all that is cheap to refuse

@@ -96,6 +96,9 @@ class Model(Section):
     base: ModelRefText = Field(description="org/name@revision, a local folder, or embedded:NAME")
     tokenizer: ModelRefText | None = Field(None, description="where the tokenizer is, when not with the base")
     license: Text | None = Field(None, description="SPDX id of the base's licence, where no file states it")
+    public_key: Text | None = Field(
+        None, description="PEM file; the base's files must be signed by its owner (model-signing)"
+    )
     quantization: Literal["none", "nf4"] = Field(
         "none", description="nf4: 4-bit base weights through bitsandbytes (QLoRA)"
     )

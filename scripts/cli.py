@@ -137,11 +137,18 @@ def export(
     set_: SetOption = None,
     merged: Annotated[bool, typer.Option("--merged", help="merge the adapter into the unquantised base")] = False,
     licence_text: Annotated[list[Path] | None, typer.Option(help="a licence text to hand over, repeatable")] = None,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="EC private key (PEM) to sign the folder with")
+    ] = None,
 ) -> None:
     """Hand over a finished run with its papers; fails while a duty of its licences is not met."""
     from finetune.export import export as write_export
 
-    print(write_export(load_recipe(recipe, set_ or ()), merged, licence_text or ()))
+    print(made := write_export(load_recipe(recipe, set_ or ()), merged, licence_text or ()))
+    if sign is not None:
+        from recipes.signing import sign as write_signature
+
+        print(write_signature(made, sign))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The gate on real public material: outputs of named models, adapters, cards and licence texts as people upload them."""
+"""The gate on real public material: outputs of named models, adapters, cards, licence texts as people upload them."""
 
 from __future__ import annotations
 
