@@ -180,7 +180,8 @@ def hub_model(name: str, role: Role, stated: str | None = None) -> Asset:
     found.claims, found.parents, found.doubts = list(known.claims), list(known.parents), list(known.doubts)
     found.flags = set(known.flags)
     if stated:
-        found.claim(stated, "the recipe", firm=folder is not None)
+        found.claim(stated, "the recipe")
+        found.doubts = [d for d in found.doubts if d.source != "no evidence"]  # until the files are here
     if folder is not None:
         before = len(found.claims)
         _card(folder, found, role, 0)

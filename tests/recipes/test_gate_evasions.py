@@ -207,7 +207,7 @@ def recipe(
     path = tmp_path / "r.yaml"
     path.write_text(
         f"name: r\nuse: {{{use}, monthly_active_users: 100, annual_revenue_usd: 1000.0, territories: [US]}}\n"
-        f"model: {{base: {base}}}\nteacher: {{model: '{teacher}'}}\n"
+        f"model: {base if base.startswith('{') else '{base: ' + base + '}'}\nteacher: {{model: '{teacher}'}}\n"
         f"data: {{train: [{{path: {data}, license: CC0-1.0}}]}}\n{more}"
     )
     return load_recipe(path)
@@ -312,3 +312,12 @@ def test_a_cached_repository_is_judged_by_its_files(tmp_path: Path, monkeypatch:
     (folder / "README.md").unlink()
     (folder / "model.safetensors").write_bytes(b"")
     assert asked("Qwen/Qwen3-8B", "base").verdict == "review"
+
+
+def test_a_licence_stated_in_the_recipe_counts_until_the_files_speak(tmp_path: Path) -> None:
+    plan = "purpose: commercial, distribute: false"
+    stated = recipe(tmp_path, "{base: acme/house-model, license: Apache-2.0}", "Qwen/Qwen3-32B", plan)
+    verdict = judge(recipe_assets(stated), stated.use)
+    assert verdict.verdict == "allow" and verdict.provisional
+    lied = recipe(tmp_path, "{base: meta-llama/Llama-2-7b-hf, license: Apache-2.0}", "Qwen/Qwen3-32B", plan)
+    assert judge(recipe_assets(lied), lied.use).verdict == "review"
