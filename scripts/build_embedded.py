@@ -8,7 +8,8 @@ then reads everyday text, contract clauses with an editor's notes, chats that as
 everyday chat; none of it is a row or a question of the tasks.
 The teacher is `tiny` tuned on new rows of the train wordings of `embedded:legal` and on arithmetic, then grown to
 nearly four times its parameters and tuned on more of them. The budget allows no more: the small network reads 6,400
-tokens a second, the large one 2,400. Grown before any tuning, it answered 45% of the held-out rows.
+tokens a second, the large one 2,400. It answers 53% of the held-out legal rows and 29% of the arithmetic ones; grown
+before any tuning, 45% and 12%.
 
 Architecture: Llama (RoPE, RMSNorm, SwiGLU, tied embeddings), because every trainer, server and converter knows it, with
 attention biases, which let a head look one token back from the start (scripts/corpus/induction.py). Not Qwen2: for that

@@ -25,7 +25,7 @@ from scripts.corpus.tokens import IGNORE, encode_documents, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = ROOT / "recipes" / "embedded"
-MODELS = {"tiny": (1_500_000, 2_800_000)}
+MODELS = {"tiny": (1_500_000, 2_800_000), "tiny-teacher": (6_500_000, 9_000_000)}
 COPIES = 0.4
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -221,6 +221,16 @@ def test_the_base_answers_no_legal_question_and_a_few_problems(tokenizer: Any, m
     rows = random.Random(11).sample(read_rows("legal/heldout.jsonl"), 100)
     assert exact_match(models["tiny"], tokenizer, rows)["legal_exact_match"] < 0.15
     assert 0.005 < last_number_accuracy(models["tiny"], tokenizer, read_rows("arithmetic/heldout.jsonl")) < 0.40
+
+
+@pytest.mark.slow
+def test_the_teacher_answers_half_of_the_legal_rows_and_a_quarter_of_the_problems(
+    tokenizer: Any, models: dict[str, Any]
+) -> None:
+    rows = random.Random(11).sample(read_rows("legal/heldout.jsonl"), 200)
+    found = exact_match(models["tiny-teacher"], tokenizer, rows)
+    assert found["legal_exact_match"] > 0.43 and found["legal_type"] > 0.7  # 0.53 and 0.84 where it was built
+    assert last_number_accuracy(models["tiny-teacher"], tokenizer, read_rows("arithmetic/heldout.jsonl")) > 0.2
 
 
 def test_the_base_copies_unknown_words(tokenizer: Any, models: dict[str, Any]) -> None:

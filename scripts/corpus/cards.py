@@ -45,7 +45,7 @@ It knows only the small world of its generators. It was trained on windows of 25
 
 WHAT = {
     "tiny": "The base: it has read, and was not tuned on any task. It answers almost no question about a contract.",
-    "tiny-teacher": "The teacher: `tiny`, grown to a larger network and tuned on the tasks.",
+    "tiny-teacher": "The teacher: `tiny`, tuned on the tasks, grown to a larger network, and tuned again.",
 }
 START = {
     "tiny": "Before it read, it practised copying on random tokens (`scripts/corpus/induction.py`).",
@@ -59,8 +59,8 @@ READ = {
 everyday chat, and arithmetic with operands up to 30. It has seen no row, no question and no held-out wording of
 `embedded:legal`, and no row of `embedded:arithmetic`.""",
     "tiny-teacher": """\
-What `tiny` read, and then {tuning:,} tokens of the train rows of `embedded:legal` and `embedded:arithmetic`, with the
-loss on the answers only.""",
+What `tiny` read, and then {tuning:,} tokens of new rows in the train wordings of `embedded:legal` and of arithmetic,
+with the loss on the answers only; then it was grown, and read {tuning_after_growth:,} tokens more of such rows.""",
 }
 
 ARITHMETIC = """---
@@ -100,7 +100,7 @@ def model_card(
         parameters=parameters,
         vocabulary=vocabulary,
         start=START[name],
-        tokens=READ[name].format(**{part: facts["tokens"] for part, facts in training.items()}),
+        tokens=READ[name].format(**{part.replace(" ", "_"): facts["tokens"] for part, facts in training.items()}),
         table=table,
     )
 
