@@ -120,6 +120,17 @@ def write_masks(folder: Path, rows: Sequence[dict[str, Any]], tokenizer: Tokeniz
     write_atomic(folder / "masks.json", json.dumps(shown, ensure_ascii=False, indent=1) + "\n")
 
 
+def use_cores(device: Device) -> None:
+    """`accelerate launch` gives a lone process on a CPU one thread; take the cores that it may run on."""
+    import torch
+
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("WORLD_SIZE", "1") == "1"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.kind == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1" and cores > 1:
+        torch.set_num_threads(cores)
+        say(f"accelerate launch set one thread; using {cores} (--num_cpu_threads_per_process {cores} says so itself)")
+
+
 def load(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
     """Load the base with the seed set: what a model initialises itself is then the same each time."""
     from transformers import set_seed

@@ -84,6 +84,7 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
     from finetune.trainers import check_extra
 
     check_extra(recipe)
+    stages.use_cores(device)
     tracking.choose_mode(recipe)
     say(*tokenizer.notes)
     stages.show_data(prepared)

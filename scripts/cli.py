@@ -52,11 +52,13 @@ def _one_line(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_one_line
 def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Load and check a recipe, and print what it would do."""
+    """Load and check a recipe, and print what it would do. Exit code 3 where its licences forbid it."""
     from scripts import plan as plans
 
     made = plans.make_plan(load_recipe(recipe, set_ or ()))
     print(json.dumps(made, indent=2) if as_json else "\n".join(plans.describe(made)))
+    if made["verdict"]["verdict"] in {"review", "block"}:
+        raise typer.Exit(3)
 
 
 @app.command()
