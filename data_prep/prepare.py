@@ -17,6 +17,7 @@ from data_prep.masks import Masked, mask_chat, mask_text
 from data_prep.readers import BadRecord, read_source, source_files
 from data_prep.steps import STEPS, Verdicts, holdout, not_in
 from data_prep.tokens import Tokenizer, load_tokenizer
+from recipes.authors import MODEL_COLUMNS, WRITTEN_BY
 from recipes.errors import DataError, RetortError
 from recipes.gate import check
 from recipes.lineage import (
@@ -34,7 +35,7 @@ from recipes.papers import cached
 from recipes.schema import Holdout, Recipe, Source
 from recipes.sources import changed_papers, lineage
 
-GENERATOR_COLUMNS = ("_teacher", "generator", "teacher", "model")
+GENERATOR_COLUMNS = (*WRITTEN_BY, *MODEL_COLUMNS)
 
 
 @dataclass(frozen=True)

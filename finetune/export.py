@@ -11,11 +11,10 @@ from typing import Any
 from finetune.bom import BOM, bill_of_materials
 from finetune.runs import changed_keys, load_run_recipe
 from recipes.errors import DataError, GateError, RecipeError
-from recipes.evidence import Asset
+from recipes.evidence import Asset, to_record
 from recipes.facts import facts
 from recipes.gate import Due, Verdict, judge
 from recipes.lineage import cannot_write, code_state, packages, read_manifest, verify, write_manifest
-from recipes.papers import to_record
 from recipes.schema import Recipe
 from recipes.sources import recipe_assets
 from recipes.texts import identify

@@ -40,8 +40,8 @@ from finetune.run_files import (
     words_of,
 )
 from recipes.errors import DataError
+from recipes.evidence import from_record
 from recipes.lineage import write_atomic
-from recipes.papers import from_record
 
 __all__ = ["write_card", "write_report"]
 

@@ -25,6 +25,7 @@ from finetune.runs import is_main, say
 from finetune.stats import Answer
 from finetune.trainers import BUILDERS, token_dataset
 from recipes.errors import DataError, RecipeError, RetortError
+from recipes.evidence import from_record
 from recipes.facts import facts
 from recipes.gate import Verdict
 from recipes.lineage import (
@@ -40,7 +41,6 @@ from recipes.lineage import (
     write_atomic,
     write_manifest,
 )
-from recipes.papers import from_record
 from recipes.schema import Recipe
 from recipes.sources import lineage
 

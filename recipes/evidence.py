@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from recipes.errors import DataError
 from recipes.facts import MAY_ALLOW, Family, Host, facts, fold
 
 Role = Literal["base", "teacher", "judge", "data", "eval"]
@@ -289,3 +290,43 @@ def licence_named(text: str) -> str | None:
         if found := facts().named(candidate):
             return found
     return facts().named(re.sub(r"[-\s]*(?:licen[cs]e|agreement)$", "", fold(plain)))
+
+
+def to_record(asset: Asset) -> dict[str, Any]:
+    """An asset and its ancestors as JSON, for a manifest."""
+    return {
+        "name": asset.name,
+        "role": asset.role,
+        "kind": asset.kind,
+        "claims": [
+            {"licence": c.licence, "stated": c.stated, "source": c.source, "firm": c.firm} for c in asset.claims
+        ],
+        "doubts": [
+            {"effect": d.effect, "says": d.says, "source": d.source, "remedy": d.remedy, "unknown": d.unknown}
+            for d in asset.doubts
+        ],
+        "flags": sorted(asset.flags),
+        "files": asset.files,
+        "parents": [[relation, to_record(parent)] for relation, parent in asset.parents],
+    }
+
+
+def from_record(record: dict[str, Any]) -> Asset:
+    """The asset that `to_record` wrote.
+
+    Raises:
+        DataError: it is no such record.
+    """
+    try:
+        return Asset(
+            record["name"],
+            record["role"],
+            record["kind"],
+            tuple(Claim(**claim) for claim in record["claims"]),
+            tuple((relation, from_record(parent)) for relation, parent in record["parents"]),
+            tuple(Doubt(**doubt) for doubt in record["doubts"]),
+            frozenset(record["flags"]),
+            files=dict(record["files"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"its lineage cannot be read ({error})", "manifest.json", "make the artefact again") from None

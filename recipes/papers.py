@@ -5,16 +5,17 @@ Each reader returns what it states as claims, parents and doubts (`recipes/evide
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
+from recipes import gguf
+from recipes.authors import read_authors
 from recipes.errors import DataError
 from recipes.evidence import (
     COMMIT,
@@ -27,6 +28,7 @@ from recipes.evidence import (
     clean,
     dataset_asset,
     dataset_by_file_name,
+    from_record,
     licence_named,
     model_asset,
 )
@@ -37,10 +39,6 @@ from recipes.texts import identify
 DEPTH = 8  # of local folders that name each other
 LICENCE_FILE = re.compile(r"^(?:licen[cs]e|copying|terms)(?!.*code)[^/]*$", re.IGNORECASE)
 OTHER = {"other", "unknown", "none", "custom", "proprietary", "unspecified", "see-license", "n/a", ""}
-WRITTEN_BY = ("_teacher", "generator", "teacher", "teacher_model", "generated_by", "generator_model", "source_model")
-MODEL_COLUMNS = ("model", "model_name", "model_id")  # may be somebody's product as well
-LICENCE_COLUMNS = ("license", "licence", "license_line")
-LLM = re.compile(r"/|gpt|llama|claude|gemini|mistral|mixtral|qwen|gemma|chat|instruct|\d+b\b", re.IGNORECASE)
 ARCHITECTURES = {  # model_type of config.json that only models under these terms have; they can deny only
     "gemma": "gemma-terms",
     "gemma2": "gemma-terms",
@@ -54,13 +52,6 @@ ARCHITECTURES = {  # model_type of config.json that only models under these term
     "exaone": "exaone-1.1-nc",
     "exaone4": "exaone-1.2-nc",
 }
-ASSISTANTS = "ChatGPT|GPT-?[345][\\w.]*|Claude|Gemini|Bard|Grok|Copilot"
-MAKERS = "OpenAI|Anthropic|Google|xAI"
-SELF = re.compile(
-    rf"\bI(?: a|')m (?:{ASSISTANTS})\b|\b(?:I am|I'm|as)(?: an?)? (?:AI|artificial intelligence)?[\w ,-]{{0,40}}"
-    rf"(?:model|assistant)[\w ,]{{0,20}} (?:developed|trained|created|made) by (?:{MAKERS})\b",
-    re.IGNORECASE,
-)
 
 
 class Found:
@@ -366,51 +357,11 @@ def _json(path: Path, found: Found) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def to_record(asset: Asset) -> dict[str, Any]:
-    """An asset and its ancestors as JSON, for a manifest."""
-    return {
-        "name": asset.name,
-        "role": asset.role,
-        "kind": asset.kind,
-        "claims": [
-            {"licence": c.licence, "stated": c.stated, "source": c.source, "firm": c.firm} for c in asset.claims
-        ],
-        "doubts": [
-            {"effect": d.effect, "says": d.says, "source": d.source, "remedy": d.remedy, "unknown": d.unknown}
-            for d in asset.doubts
-        ],
-        "flags": sorted(asset.flags),
-        "files": asset.files,
-        "parents": [[relation, to_record(parent)] for relation, parent in asset.parents],
-    }
-
-
-def from_record(record: dict[str, Any]) -> Asset:
-    """The asset that `to_record` wrote.
-
-    Raises:
-        DataError: it is no such record.
-    """
-    try:
-        return Asset(
-            record["name"],
-            record["role"],
-            record["kind"],
-            tuple(Claim(**claim) for claim in record["claims"]),
-            tuple((relation, from_record(parent)) for relation, parent in record["parents"]),
-            tuple(Doubt(**doubt) for doubt in record["doubts"]),
-            frozenset(record["flags"]),
-            files=dict(record["files"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"its lineage cannot be read ({error})", MANIFEST, "make the artefact again") from None
-
-
 def _gguf(path: Path, found: Found, role: Role) -> None:
     """General metadata of a GGUF file: licence, original model. A conversion always has one."""
     try:
         with path.open("rb") as stream:
-            meta = dict(_gguf_strings(stream))
+            meta = dict(gguf.strings(stream))
     except (OSError, struct.error, ValueError, UnicodeDecodeError) as error:
         raise DataError(f"is no readable GGUF file ({error})", str(path), "download it again") from None
     found.files[str(path)] = sha256_file(path)
@@ -431,129 +382,23 @@ def _gguf(path: Path, found: Found, role: Role) -> None:
             found.claims += [Claim(c.licence, c.stated, source, firm=False) for c in named_so.claims]
 
 
-def _gguf_strings(stream: BinaryIO) -> Iterator[tuple[str, str]]:
-    """(key, value) of the string values in a GGUF header, as of the format's version 2 and 3."""
-    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-
-    def number(form: str) -> int:
-        return int(struct.unpack(form, stream.read(struct.calcsize(form)))[0])
-
-    def string() -> bytes:
-        size = number("<Q")
-        if size > 1 << 24:
-            raise ValueError("a string of over 16 MB")
-        return stream.read(size)
-
-    if stream.read(4) != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    if (version := number("<I")) not in (2, 3):
-        raise ValueError(f"version {version}")
-    number("<Q")
-    for _ in range(min(number("<Q"), 10_000)):
-        key, kind = string().decode(), number("<I")
-        if kind == 8:
-            yield key, string().decode("utf-8", "replace")
-        elif kind == 9:
-            inner, count = number("<I"), number("<Q")
-            if inner == 8:
-                for _ in range(count):
-                    string()
-            else:
-                stream.seek(sizes[inner] * count, 1)
-        else:
-            stream.seek(sizes[kind], 1)
-
-
 def _rows(files: Iterable[Path], found: Found, role: Role) -> None:
-    """Who wrote the rows, and under which licence, by their columns; and rows in which an assistant names itself."""
-    written: dict[str, str] = {}
-    licences: dict[str, str] = {}
-    unsigned = signed = 0
-    for path in files:
-        for place, row in _records(path):
-            author = next((str(row[c]) for c in WRITTEN_BY if isinstance(row.get(c), str) and row[c].strip()), None)
-            if author is None:
-                named = (str(row[c]) for c in MODEL_COLUMNS if isinstance(row.get(c), str) and row[c].strip())
-                author = next((n for n in named if LLM.search(n)), None)
-            if author is not None:
-                written.setdefault(author, place)
-                signed += 1
-            else:
-                unsigned += 1
-            for column in LICENCE_COLUMNS:
-                if isinstance(row.get(column), str):
-                    licences.setdefault(row[column].strip(), place)
-            if (text := row.get("\0text")) and (said := SELF.search(text)) and not found_self(found):
-                says = f"a row speaks as a hosted assistant ('{said[0]}')"
-                found.doubt("review", says, place, "find out who wrote the rows, and name them")
-    for author, place in written.items():
+    """Generators of the rows as parents, licences of the rows as claims, and what is wrong with either."""
+    rows = read_authors(files)
+    if rows.spoken is not None:
+        says = f"a row speaks as a hosted assistant ('{rows.spoken[0]}')"
+        found.doubt("review", says, rows.spoken[1], "find out who wrote the rows, and name them")
+    for author, place in rows.written.items():
         made = _reference(author, "teacher", Path("."), DEPTH)
         found.parents.append(("holds rows written by", made))
         if not made.claims and not any(d.unknown for d in made.doubts):
             found.doubt("block", f"nobody knows the generator '{author}'", place, "name the model", unknown=True)
-    if signed and unsigned and role != "eval":
-        says = f"{unsigned} of {signed + unsigned} rows do not say who wrote them"
+    if rows.signed and rows.unsigned and role != "eval":
+        says = f"{rows.unsigned} of {rows.signed + rows.unsigned} rows do not say who wrote them"
         found.doubt("block", says, "the rows", "name the generator of every row, or drop them", unknown=True)
-    for stated, place in licences.items():
+    for stated, place in rows.licences.items():
         if stated.casefold() in OTHER or licence_named(stated) is None:
             says = f"no facts describe the licence '{stated}' of its rows"
             found.doubt("block", says, place, "drop the rows, or attest", unknown=True)
         else:
             found.claims.append(Claim(licence_named(stated), stated, f"column of its rows, first {place}"))
-
-
-def found_self(found: Found) -> bool:
-    return any(d.says.startswith("a row speaks") for d in found.doubts)
-
-
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, columns that say who and under what; all text under a null key). Bad rows are left to prepare."""
-    names = (*WRITTEN_BY, *MODEL_COLUMNS, *LICENCE_COLUMNS)
-    suffixes = [s.casefold() for s in path.suffixes]
-    kind = next((s for s in reversed(suffixes) if s not in {".gz", ".zst"}), "")
-    if kind == ".parquet":
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.ParquetFile(path)
-        except (OSError, ValueError):
-            return
-        for batch in table.iter_batches(columns=[n for n in names if n in table.schema_arrow.names]):
-            for number, row in enumerate(batch.to_pylist()):
-                yield f"{path}, row {number + 1}", row
-    elif kind in {".jsonl", ".ndjson"}:
-        opener: Any = gzip.open if suffixes[-1] == ".gz" else open
-        try:
-            with opener(path, "rb") as stream:
-                for number, line in enumerate(stream, 1):
-                    yield from _one(line, f"{path}:{number}")
-        except OSError:
-            return
-    elif kind in {".json", ".csv"}:
-        yield from _whole(path, kind)
-
-
-def _one(line: bytes, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return
-    if isinstance(row, dict):
-        yield place, {**row, "\0text": line.decode("utf-8", "replace")}
-
-
-def _whole(path: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import csv
-
-    try:
-        text = path.read_text("utf-8-sig", errors="replace")
-        if kind == ".csv":
-            rows: Any = list(csv.DictReader(text.splitlines()))
-        else:
-            value = json.loads(text)
-            rows = value if isinstance(value, list) else next((v for v in value.values() if isinstance(v, list)), [])
-    except (OSError, ValueError, csv.Error, AttributeError):
-        return
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, dict):
-            yield f"{path}, row {number}", {**row, "\0text": json.dumps(row, ensure_ascii=False)}

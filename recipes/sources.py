@@ -20,8 +20,9 @@ from recipes.evidence import (
     host_at,
     host_named,
     service_asset,
+    to_record,
 )
-from recipes.papers import hub_data, hub_model, local_data, local_model, to_record
+from recipes.papers import hub_data, hub_model, local_data, local_model
 from recipes.refs import EMBEDDED, Ref, require_model_folder
 from recipes.schema import Recipe, Source
 
