@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from conftest import colour_rows, run_cli, run_train, write_rows
@@ -166,3 +167,9 @@ def test_a_missing_name_prefix_stops_the_export_and_not_the_training(
     assert [d["met"] for d in prefix] == [False]
     named = run_cli("gate", str(recipe), "--json", *told, "--set", "use.name=Llama-acme", cwd=tmp_path)
     assert [d["met"] for d in json.loads(named.stdout)["obligations"] if d["type"] == "name_prefix"] == [True]
+    picture = tmp_path / "lineage.svg"
+    drawn = run_cli("gate", str(recipe), *told, "--graph", str(picture), cwd=tmp_path)
+    assert drawn.returncode == 0
+    svg = ElementTree.fromstring(picture.read_text())
+    texts = [str(t.text) for t in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert any("llama-3.1" in t for t in texts) and "allow-with-obligations" in texts
