@@ -20,6 +20,10 @@ from recipes.facts import MAY_ALLOW, Family, Host, facts, fold
 Role = Literal["base", "teacher", "judge", "data", "eval"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"(?P<repo>[^/\s@:]+/[^/\s@:]+)(?:@(?P<revision>\S+))?")
+RELEASE = re.compile(
+    r"(?:-?\d+(?:\.\d+)?(?:x\d+)?[bm](?:-a\d+(?:\.\d+)?b)?)?(?:-?\d+e)?(?:-(?:instruct|it|chat|base|hf|pt|vision|text))*"
+    r"(?:-v?\d+(?:\.\d+)*)?(?:-hf)?"
+)
 QUANTISED = re.compile(
     r"[-_.](?:i1-)?(?:gguf|ggml|awq|gptq|exl[23]|hqq|mlx|fp8(?:-dynamic)?|nvfp4|mxfp4|int[48]|[248]-?bits?|bnb-4bit|"
     r"unsloth|quantized|w\d+a\d+|imatrix|q\d(?:_\w+)*)(?=$|[-_.])",
@@ -138,7 +142,7 @@ def dataset_asset(name: str, role: Role) -> Asset:
     match = HUB_ID.fullmatch(cleaned)
     found = facts().dataset(match["repo"]) if match else None
     if found is None:
-        return Asset(cleaned, role, "data", doubts=doubts, provisional=True)
+        return Asset(cleaned, role, "data", doubts=(*doubts, _unknown(cleaned)), provisional=True)
     return Asset(cleaned, role, "data", *_of_dataset(found, role), (*doubts, *_unread_data(found)), provisional=True)
 
 
@@ -158,7 +162,15 @@ def clean(name: str) -> tuple[str, tuple[Doubt, ...]]:
     """A name with widths and spaces normalised; letters that only look like others make it unknown."""
     plain = unicodedata.normalize("NFKC", name).strip()
     plain = re.sub(r"\s*([/@:])\s*", r"\1", "".join(c for c in plain if unicodedata.category(c) != "Cf"))
-    for prefix in ("https://huggingface.co/", "http://huggingface.co/", "https://hf.co/", "hf.co/", "huggingface.co/"):
+    for prefix in (
+        "https://huggingface.co/",
+        "http://huggingface.co/",
+        "https://www.huggingface.co/",
+        "https://hf.co/",
+        "hf.co/",
+        "huggingface.co/",
+        "datasets/",
+    ):
         plain = plain.removeprefix(prefix)
     plain = re.sub(r"/(?:tree|resolve|blob)/([^/]+).*$", r"@\1", plain).removesuffix("/")
     if not plain.isascii():
@@ -177,7 +189,8 @@ def _by_name(
     if found is None:
         found = _by_base_name(name, organisation)
         source = f"the name, as of {found.id}" if found else ""
-        if found is not None and organisation.casefold() not in {m.casefold() for m in facts().families.mirrors}:
+        mirrored = organisation.casefold() in {m.casefold() for m in facts().families.mirrors}
+        if found is not None and not (mirrored and _is_release(name, found)):
             says = "its name says what it was made from, not what else is in it"
             doubts.append(Doubt("block", says, "the name", "give a folder with its card", unknown=True))
         if near := _near_miss(organisation):
@@ -227,12 +240,23 @@ def _by_base_name(name: str, organisation: str = "") -> Family | None:
     plain = name
     while (shorter := QUANTISED.sub("", plain)) != plain:
         plain = shorter
-    for candidate in dict.fromkeys((name, plain, plain.partition("_")[2] or plain)):
+    for candidate in (name, plain):
         for family in facts().families.models:
-            pattern = family.id.casefold().partition("/")[2]
-            if pattern not in {"*", ""} and fnmatchcase(candidate.casefold(), pattern):
+            owner, _, pattern = family.id.casefold().partition("/")
+            inner = candidate.casefold().removeprefix(f"{owner}_")  # acme_model: how some mirrors write acme/model
+            if pattern not in {"*", ""} and fnmatchcase(inner, pattern):
                 return family
     return None
+
+
+def _is_release(name: str, family: Family) -> bool:
+    """Whether a re-upload's name is that of a release, and not of something made from one."""
+    plain = name
+    while (shorter := QUANTISED.sub("", plain)) != plain:
+        plain = shorter
+    owner, _, pattern = family.id.casefold().partition("/")
+    rest = plain.casefold().removeprefix(f"{owner}_").removeprefix(pattern.rstrip("*")) if "*" in pattern else ""
+    return "*" not in pattern.rstrip("*") and RELEASE.fullmatch(rest) is not None
 
 
 def _near_miss(organisation: str) -> str | None:
@@ -322,11 +346,19 @@ def from_record(record: dict[str, Any]) -> Asset:
             record["name"],
             record["role"],
             record["kind"],
-            tuple(Claim(**claim) for claim in record["claims"]),
-            tuple((relation, from_record(parent)) for relation, parent in record["parents"]),
-            tuple(Doubt(**doubt) for doubt in record["doubts"]),
+            tuple(_claim(claim) for claim in record["claims"]),
+            tuple((str(relation), from_record(parent)) for relation, parent in record["parents"]),
+            tuple(
+                Doubt(**{**d, "effect": d["effect"] if d["effect"] in ("review", "note") else "block"})
+                for d in record["doubts"]
+            ),
             frozenset(record["flags"]),
             files=dict(record["files"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"its lineage cannot be read ({error})", "manifest.json", "make the artefact again") from None
+
+
+def _claim(record: dict[str, Any]) -> Claim:
+    licence = record["licence"] if record["licence"] in facts().licences else None
+    return Claim(licence, str(record["stated"]), str(record["source"]), bool(record["firm"]))

@@ -152,6 +152,8 @@ def judge(
         today: for the age of the facts and of the attestations; the present day when None.
     """
     known, today = known or facts(), today or date.today()
+    if not assets:
+        raise ValueError("there is nothing to judge")
     if use is None:
         unknown = tuple(a.name for a in assets if not any(c.licence for c in a.claims))
         return Verdict(NOT_JUDGED, unknown=unknown, as_of=str(known.families.as_of))
@@ -201,6 +203,9 @@ def _judge_asset(bench: _Bench) -> None:
     asset = bench.asset
     for doubt in asset.doubts:
         bench.find(doubt.effect, doubt.says, doubt.remedy, source=doubt.source, unknown=doubt.unknown)
+    if not asset.claims and not asset.parents and not any(d.unknown for d in asset.doubts):
+        says = "nothing is known of it"
+        bench.find("block", says, "state its licence, or attest", source="no evidence", unknown=True)
     licences = {c.licence for c in asset.claims if c.licence}
     firm = {c.licence for c in asset.claims if c.licence and c.firm}
     for claim in asset.claims:
@@ -261,7 +266,7 @@ def _judge_licence(bench: _Bench, licence: Licence) -> None:
             says = f"tell use.territories: {territory.says}"
             remedy = "set use.territories to ISO country codes"
             bench.find("review", says, remedy, licence, territory, unknown=True, asks="use.territories")
-        elif here := sorted(denied & {t.upper() for t in use.territories}):
+        elif here := sorted(denied & {*use.territories, *_within(use.territories, bench)}):
             says = f"not granted in {', '.join(here)}: {territory.says}"
             bench.find("block", says, "use another asset there", licence, territory, forbidden=True)
     if licence.derivatives != "allowed" and role == "base" and use.distribute:
@@ -282,6 +287,11 @@ def _judge_licence(bench: _Bench, licence: Licence) -> None:
     effect: Effect = "allow-with-obligations" if len(bench.dues) > owed else "allow"
     rule: Statement = licence.outputs if role in {"teacher", "judge", "data"} else grant
     bench.find(effect, rule.says, None, licence, rule)
+
+
+def _within(territories: Sequence[str], bench: _Bench) -> set[str]:
+    """The countries of the regions among the territories."""
+    return {code for name in territories for code in bench.facts.families.regions.get(name, ())}
 
 
 def _judge_limit(bench: _Bench, licence: Licence, limit: Limit) -> None:

@@ -29,15 +29,17 @@ from recipes.evidence import (
     dataset_asset,
     dataset_by_file_name,
     from_record,
+    host_named,
     licence_named,
     model_asset,
+    service_asset,
 )
 from recipes.facts import facts
 from recipes.lineage import MANIFEST, read_manifest, sha256_file, verify
 from recipes.texts import identify
 
 DEPTH = 8  # of local folders that name each other
-LICENCE_FILE = re.compile(r"^(?:licen[cs]e|copying|terms)(?!.*code)[^/]*$", re.IGNORECASE)
+LICENCE_FILE = re.compile(r"^(?!.*(?:[-_.]code(?:\.\w+)?$)).*(?:licen[cs]e|copying).*$", re.IGNORECASE)
 OTHER = {"other", "unknown", "none", "custom", "proprietary", "unspecified", "see-license", "n/a", ""}
 ARCHITECTURES = {  # model_type of config.json that only models under these terms have; they can deny only
     "gemma": "gemma-terms",
@@ -51,7 +53,17 @@ ARCHITECTURES = {  # model_type of config.json that only models under these term
     "mllama": "llama-3.2",
     "exaone": "exaone-1.1-nc",
     "exaone4": "exaone-1.2-nc",
+    "gemma3n_text": "gemma-terms",
+    "recurrent_gemma": "gemma-terms",
+    "t5gemma": "gemma-terms",
+    "paligemma": "gemma-terms",
+    "llama4_text": "llama-4",
+    "cohere2": "cohere-cc-by-nc-aup",
+    "aya_vision": "cohere-cc-by-nc-aup",
+    "hunyuan_v1_dense": "hunyuan-community-2025",
+    "hunyuan_v1_moe": "hunyuan-community-2025",
 }
+_open_folders: list[Path] = []  # local folders that are being read, to see those that name each other in a circle
 
 
 class Found:
@@ -108,14 +120,27 @@ def local_model(path: Path, name: str, role: Role, stated: str | None = None, de
             raise DataError("is no model: neither a folder nor a .gguf file", str(path), "name the model's folder")
         _gguf(path, found, role)
         _card(path.parent, found, role, depth)
+        _licence_texts(path.parent, found)
         return found.asset(name, role, "model")
+    if path.resolve() in _open_folders:
+        says = "folders name each other as base in a circle"
+        found.doubt("block", says, str(path), "name the true base", unknown=True)
+        return found.asset(name, role, "model")
+    _open_folders.append(path.resolve())
+    try:
+        return _model_folder(path, name, role, depth, found)
+    finally:
+        _open_folders.pop()
+
+
+def _model_folder(path: Path, name: str, role: Role, depth: int, found: Found) -> Asset:
     is_adapter = (path / "adapter_config.json").is_file()
-    if not is_adapter and not any((path / n).is_file() for n in ("config.json", MANIFEST, "README.md")):
-        ggufs = sorted(path.glob("*.gguf"))
-        if not ggufs:
-            raise DataError("is no model folder: no config.json, adapter_config.json, card or manifest", str(path))
-        for gguf in ggufs:
-            _gguf(gguf, found, role)
+    converted_files = sorted(path.glob("*.gguf"))
+    known = is_adapter or any((path / n).is_file() for n in ("config.json", MANIFEST, "README.md"))
+    if not known and not converted_files:
+        raise DataError("is no model folder: no config.json, adapter_config.json, card or manifest", str(path))
+    for converted in converted_files:
+        _gguf(converted, found, role)
     ours = _our_manifest(path, found, role, depth)
     _card(path, found, role, depth)
     _licence_texts(path, found)
@@ -123,6 +148,8 @@ def local_model(path: Path, name: str, role: Role, stated: str | None = None, de
         _adapter(path, found, role, depth)
     elif (path / "config.json").is_file() and not ours:
         _config(path, found, role)
+    elif ours and (path / "config.json").is_file():
+        _architecture(_json(path / "config.json", found), found)
     return found.asset(name, role, "adapter" if is_adapter else "model")
 
 
@@ -141,7 +168,10 @@ def local_data(path: Path, name: str, role: Role, stated: str | None = None, col
     if path.is_dir():
         _our_manifest(path, found, role, 0)
         _licence_texts(path, found)
-    _card(path if path.is_dir() else path.parent, found, role, 0, data=True)
+    folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else [path.parent]
+    for folder in folders:
+        if _card(folder, found, role, 0, data=True) and folder != path:
+            _licence_texts(folder, found)
     if columns:
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         _rows(files, found, role)
@@ -177,8 +207,12 @@ def hub_model(name: str, role: Role, stated: str | None = None) -> Asset:
         before = len(found.claims)
         _card(folder, found, role, 0)
         _licence_texts(folder, found)
+        for converted in sorted(folder.glob("*.gguf")):
+            _gguf(converted, found, role)
         if (folder / "adapter_config.json").is_file():
             _adapter(folder, found, role, 0)
+        elif (folder / "config.json").is_file():
+            _architecture(_json(folder / "config.json", found), found)
         if len(found.claims) == before and any(folder.glob("*.safetensors")):
             says = "its files do not say what it is under, so they do not confirm what its name suggests"
             found.doubt("review", says, "no card, no licence text", "read its page on the hub, and attest")
@@ -206,9 +240,12 @@ def hub_data(name: str, role: Role, stated: str | None = None) -> Asset:
     found.claims, found.parents, found.doubts = list(known.claims), list(known.parents), list(known.doubts)
     if stated:
         found.claim(stated, "the recipe")
+    if stated or folder is not None:
+        found.doubts = [d for d in found.doubts if d.source != "no evidence"]
     if folder is not None:
         _card(folder, found, role, 0, data=True)
         _licence_texts(folder, found)
+        _rows(sorted(p for p in folder.rglob("*") if p.is_file()), found, role)
     made = found.asset(known.name, role, "data")
     return Asset(
         made.name, role, "data", made.claims, made.parents, made.doubts, provisional=folder is None, files=found.files
@@ -219,59 +256,88 @@ def _reference(text: str, role: Role, near: Path, depth: int) -> Asset:
     """A model that a card or configuration names: a hub id, or a folder of the machine it was made on."""
     text = text.strip()
     local = text.startswith(("/", "./", "../", "~", "\\")) or re.match(r"^[A-Za-z]:[\\/]", text)
-    place = next((p for p in (near / text, Path(text).expanduser()) if p.exists()), None)
+    place = next((p for p in (near / text, Path(text)) if _exists(p)), None)
     if place is not None and depth < DEPTH and (local or not HUB_ID.fullmatch(text)):
         return local_model(place, text, role, depth=depth + 1)
-    if local or not HUB_ID.fullmatch(clean(text)[0]):
+    name = clean(text)[0]
+    if not local and (host := host_named(re.split(r"[:/]", name)[0])) and (":" in name or host.model_licence_too):
+        return service_asset(host, name, role)
+    if local or not HUB_ID.fullmatch(name):
         if not local and "/" not in text:
             return bare_model(text, role)
-        says = f"'{text}' is a path on the machine where it was made"
+        says = f"'{text[:200]}' is a path on the machine where it was made"
         doubt = Doubt("block", says, "its configuration", "name the base as org/name, or give its folder", unknown=True)
-        return Asset(text, role, "model", doubts=(doubt,))
+        return Asset(text[:200], role, "model", doubts=(doubt,))
     return model_asset(text, role, at_hand=True)
 
 
-def _card(folder: Path, found: Found, role: Role, depth: int, data: bool = False) -> None:
-    """YAML front matter of README.md: licence, base models, data sets."""
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, a null byte
+        return False
+
+
+def _card(folder: Path, found: Found, role: Role, depth: int, data: bool = False) -> bool:
+    """YAML front matter of README.md: licence, base models, data sets. Returns whether there is any."""
     path = folder / "README.md"
     if not path.is_file():
-        return
+        return False
     text = path.read_text("utf-8", errors="replace").removeprefix("\ufeff")
-    matter = re.match(r"^---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
+    matter = re.match(r"^\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
     if matter is None:
         if not data:
             found.read(path)
-        return
+        return False
     found.read(path)
     try:
         meta = yaml.safe_load(matter[1])
-    except yaml.YAMLError:
-        found.doubt("review", "the front matter of its card cannot be read", str(path), "repair the card")
-        return
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError):
+        meta = None
     if not isinstance(meta, dict):
-        return
+        found.doubt("review", "the front matter of its card cannot be read", str(path), "repair the card")
+        return True
     licences = meta.get("license")
     stated = [str(v) for v in (licences if isinstance(licences, list) else [licences]) if v is not None]
     named = meta.get("license_name")
-    if named is not None and all(s.casefold() in OTHER for s in stated):
+    real = [s for s in stated if s.casefold() not in OTHER]
+    if named is not None and not real:
         stated = [str(named)]
+    elif real and (
+        len(real) < len(stated) or (named is not None and licence_named(str(named)) not in map(licence_named, real))
+    ):
+        says = f"its card names {', '.join(real)} and other terms besides ({named or 'other'})"
+        found.doubt("review", says, f"card {path.name}", "read the other terms, and attest")
     for one in stated:
         found.claim(one, f"card {path.name}")
+    for trained in _names_in(meta.get("source_datasets" if data else "datasets")):
+        if facts().dataset(clean(trained)[0]) is not None:
+            found.parents.append(("is made from" if data else "was trained on", dataset_asset(trained, "data")))
     if data:
-        return
-    bases = meta.get("base_model")
-    for base in bases if isinstance(bases, list) else [bases]:
-        if isinstance(base, str) and base.strip():
-            found.parents.append(("is made from", _reference(base, role, folder, depth)))
-    sets = meta.get("datasets")
-    for trained in sets if isinstance(sets, list) else [sets]:
-        if isinstance(trained, str) and facts().dataset(clean(trained)[0]) is not None:
-            found.parents.append(("was trained on", dataset_asset(trained, "data")))
+        return True
+    for base in _names_in(meta.get("base_model") or meta.get("base_models")):
+        found.parents.append(("is made from", _reference(base, role, folder, depth)))
+    return True
+
+
+def _names_in(value: Any) -> list[str]:
+    """The names that a field of a card lists, whatever shape its author gave it."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return [
+        name
+        for part in parts
+        if part is not None
+        for name in (_names_in(list(part.values())) if isinstance(part, dict) else [str(part).strip()])
+        if name
+    ]
 
 
 def _licence_texts(folder: Path, found: Found) -> None:
     for path in sorted(p for p in folder.iterdir() if p.is_file() and LICENCE_FILE.match(p.name)):
         if path.stat().st_size > 1 << 20:
+            found.doubt(
+                "block", f"{path.name} is too long for a licence", path.name, "read it, and attest", unknown=True
+            )
             continue
         match = identify(found.read(path))
         if match.licence is not None:
@@ -293,10 +359,18 @@ def _config(path: Path, found: Found, role: Role) -> None:
         for claim in named.claims:
             found.claims.append(Claim(claim.licence, claim.stated, f"config.json: _name_or_path {origin}", firm=False))
         found.flags |= named.flags
-    licence = ARCHITECTURES.get(str(config.get("model_type")))
-    if licence and not any(c.source.startswith("text of") for c in found.claims):
-        source = f"config.json: model_type {config['model_type']}"
-        found.claims.append(Claim(licence, licence, source, firm=False))
+        found.parents += named.parents
+        found.doubts += [d for d in named.doubts if d.source != "no evidence"]
+    _architecture(config, found)
+
+
+def _architecture(config: dict[str, Any], found: Found) -> None:
+    """What only models under certain terms have in their configuration."""
+    inner = config.get("text_config")
+    kinds = [str(c.get("model_type")) for c in (config, inner) if isinstance(c, dict)]
+    for kind in kinds:
+        if licence := ARCHITECTURES.get(kind):
+            found.claims.append(Claim(licence, licence, f"config.json: model_type {kind}", firm=False))
     if config.get("vision_config"):
         found.flags.add("multimodal")
 
@@ -328,14 +402,20 @@ def _our_manifest(path: Path, found: Found, role: Role, depth: int) -> bool:
         found.doubt("block", says, MANIFEST, "make it again, or restore its files", unknown=True)
     if isinstance(manifest.get("license"), str):
         found.claim(manifest["license"], MANIFEST)
-    found.ours = bool(manifest.get("lineage") or manifest.get("parents"))
-    for entry in manifest.get("lineage") or []:
+    before = len(found.parents)
+    for entry in rows_in(manifest, "lineage"):
         found.parents.append(("descends from", from_record(entry)))
     if not manifest.get("lineage"):
-        for parent in manifest.get("parents") or []:
-            if isinstance(parent, dict) and isinstance(parent.get("ref"), str):
+        for parent in rows_in(manifest, "parents"):
+            if isinstance(parent.get("ref"), str):
                 found.parents.append(("descends from", _parent(parent, path, depth)))
+    found.ours = len(found.parents) > before
     return True
+
+
+def rows_in(manifest: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    value = manifest.get(key)
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _parent(parent: dict[str, Any], near: Path, depth: int) -> Asset:
@@ -352,7 +432,7 @@ def _parent(parent: dict[str, Any], near: Path, depth: int) -> Asset:
 def _json(path: Path, found: Found) -> dict[str, Any]:
     try:
         value = json.loads(found.read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"is no JSON ({error})", str(path), "restore the file") from None
     return value if isinstance(value, dict) else {}
 
@@ -362,7 +442,7 @@ def _gguf(path: Path, found: Found, role: Role) -> None:
     try:
         with path.open("rb") as stream:
             meta = dict(gguf.strings(stream))
-    except (OSError, struct.error, ValueError, UnicodeDecodeError) as error:
+    except (OSError, struct.error, ValueError, KeyError) as error:
         raise DataError(f"is no readable GGUF file ({error})", str(path), "download it again") from None
     found.files[str(path)] = sha256_file(path)
     source = f"GGUF metadata of {path.name}"
@@ -372,6 +452,8 @@ def _gguf(path: Path, found: Found, role: Role) -> None:
             break
     named = [v for k, v in meta.items() if re.fullmatch(r"general\.(?:base_model\.\d+|source)\.(?:repo_url|url)", k)]
     originals = [clean(v)[0] for v in named if HUB_ID.fullmatch(clean(v)[0])]
+    for other in (v for v in named if not HUB_ID.fullmatch(clean(v)[0])):
+        found.doubt("block", f"'{other[:200]}' is no model id", source, "give the original's folder", unknown=True)
     for original in dict.fromkeys(originals):
         found.parents.append(("is converted from", model_asset(original, role, at_hand=True)))
     if not originals:
@@ -385,6 +467,10 @@ def _gguf(path: Path, found: Found, role: Role) -> None:
 def _rows(files: Iterable[Path], found: Found, role: Role) -> None:
     """Generators of the rows as parents, licences of the rows as claims, and what is wrong with either."""
     rows = read_authors(files)
+    for path, reason in rows.unread.items():
+        found.doubt(
+            "block", f"{path} cannot be read to its end ({reason})", "the rows", "repair the file", unknown=True
+        )
     if rows.spoken is not None:
         says = f"a row speaks as a hosted assistant ('{rows.spoken[0]}')"
         found.doubt("review", says, rows.spoken[1], "find out who wrote the rows, and name them")

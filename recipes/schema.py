@@ -59,6 +59,14 @@ class Use(Section):
     territories: tuple[Text, ...] | None = Field(None, description="ISO country codes where it is used")
     competes_with: tuple[Text, ...] | None = Field(None, description="products the model competes with")
 
+    @field_validator("territories")
+    @classmethod
+    def _codes(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        codes = tuple("GB" if c.upper() == "UK" else c.upper() for c in value or ())
+        if wrong := [c for c in codes if not (len(c) == 2 and c.isalpha() and c.isascii()) and c != "EEA"]:
+            raise ValueError(f"'{wrong[0]}' is no country: write ISO codes such as DE or US, or EU, EEA")
+        return codes or None
+
 
 class Attest(Section):
     """A person's decision on one asset: settles what is unknown or left to review, or records a private agreement."""

@@ -98,14 +98,18 @@ def asset_named(text: str, role: Role, stated: str | None = None) -> Asset:
     plain = text.strip()
     if plain.startswith("embedded:"):
         folder = EMBEDDED / plain.removeprefix("embedded:")
-        if not folder.is_dir() or folder == EMBEDDED:
+        if not re.fullmatch(r"embedded:[\w-]+", plain) or not folder.is_dir():
             raise RecipeError(f"nothing is embedded under '{plain}'", "asset", "retort plan lists none of that name")
         if not (folder / "config.json").is_file():
             return _embedded_data(folder.name, role)
         return _local(folder, plain, role, stated)
-    path = Path(plain).expanduser()
-    if plain.startswith(("/", "./", "../", "~")) or (plain and path.exists()):
-        if not path.exists():
+    try:
+        path = Path(plain).expanduser()
+        here = bool(plain) and path.exists()
+    except (OSError, RuntimeError, ValueError):  # no such user, a name too long
+        path, here = Path(plain), False
+    if plain.startswith(("/", "./", "../", "~")) or here:
+        if not here:
             raise RecipeError(f"there is no file or folder {plain}", "asset", "correct the path")
         return _local(path, plain, role, stated)
     if plain.startswith(("http://", "https://")) and "huggingface.co/" not in plain:
@@ -151,7 +155,10 @@ def _served(name: str, role: Role, doubts: tuple[Doubt, ...]) -> Asset:
 
 
 def _endpoint(address: str, role: Role) -> Asset:
-    host = host_at(urlparse(address).hostname or "")
+    try:
+        host = host_at(urlparse(address).hostname or "")
+    except ValueError:
+        raise RecipeError(f"'{address}' is no address", "asset", "correct it") from None
     if host is not None:
         return service_asset(host, address, role)
     says = "what a server calls its model proves nothing"

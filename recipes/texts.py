@@ -1,8 +1,8 @@
 """Licence texts told by their content: sketches of five-word shingles, compared in both directions.
 
-A text is identified when nearly all of a known licence is in it and little else is: a licence with an added paragraph
-is another licence. Sketches (`licenses/texts.json`) keep the hashes that are divisible by a stride (FracMinHash, Irber
-et al. 2022), so that the share of one text in another can be told from both sketches.
+A text is identified when nearly all of a known licence is in it, little else is, and no word of restriction more than
+in the licence: with an added paragraph it is another licence. Sketches (`licenses/texts.json`) keep the hashes that are
+divisible by a stride (FracMinHash, Irber et al. 2022), so that the share of one text in another can be told from both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import struct
 import unicodedata
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,8 +23,13 @@ SHINGLE = 5  # words
 LONG = 600  # words; of longer texts one shingle in STRIDE is kept
 STRIDE = 8
 PRESENT, EXPLAINED = 0.9, 0.93  # share of the licence in the file, share of the file in the licence
-_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
-_HOLDER = re.compile(r"^\W*(?:copyright|\(c\)|©).*$", re.MULTILINE | re.IGNORECASE)
+_FRONT_MATTER = re.compile(r"\A---\n(?:(?:[\w-]+:|[ -]).{0,300}\n)*---\n")
+_HOLDER = re.compile(r"^\W*(?:copyright|\(c\)|©)(?:[^\w\n]+[\w@.-]+){0,12}\W*$", re.MULTILINE | re.IGNORECASE)
+# Words that a restriction is made of: one more of them than in the licence, and the text is a changed form of it.
+_RESTRICTS = re.compile(
+    r"\b(?:non-?commercial\w*|commercial\w*|prohibit\w*|forbid\w*|exclu[ds]\w*|research|academic|outputs?|train\w*|"
+    r"compet\w*|revenue|restrict\w*|users?|evaluation|military|distill?\w*)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Sketch:
     text: str  # which of the licence's texts
     stride: int
     hashes: frozenset[int]
+    restricts: dict[str, int]  # how often each word of _RESTRICTS occurs
 
 
 @dataclass(frozen=True)
@@ -45,23 +52,33 @@ class Match:
 
 def shingles(text: str) -> set[int]:
     """Hashes of all runs of SHINGLE words; front matter and copyright lines are left out."""
-    plain = unicodedata.normalize("NFKC", _HOLDER.sub(" ", _FRONT_MATTER.sub("", text))).casefold()
+    plain = _plain(_HOLDER.sub(" ", text))
     words = re.findall(r"\w+", plain)
     return {
         zlib.crc32(" ".join(words[i : i + SHINGLE]).encode()) for i in range(max(1, len(words) - SHINGLE + 1)) if words
     }
 
 
+def restrictions(text: str) -> dict[str, int]:
+    """How often each word occurs that restrictions are made of."""
+    return dict(sorted(Counter(_RESTRICTS.findall(_plain(text))).items()))
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", _FRONT_MATTER.sub("", text)).casefold()
+
+
 def identify(text: str) -> Match:
     """The licence whose text this is."""
-    found = shingles(text)
+    found, restricts = shingles(text), restrictions(text)
     best, near, nearest = Match(None, 0.0), None, 0.0
     for sketch in _known():
         here = {h for h in found if h % sketch.stride == 0}
         common = len(here & sketch.hashes)
         present, explained = common / len(sketch.hashes), common / max(1, len(here))
         score = min(present, explained)
-        if present >= PRESENT and explained >= EXPLAINED and score > best.share:
+        added = any(count > sketch.restricts.get(word, 0) for word, count in restricts.items())
+        if present >= PRESENT and explained >= EXPLAINED and not added and score > best.share:
             best = Match(sketch.licence, score)
         if max(present, explained) > nearest:
             near, nearest = sketch.licence, max(present, explained)
@@ -71,14 +88,17 @@ def identify(text: str) -> Match:
 @cache
 def _known() -> tuple[Sketch, ...]:
     entries = json.loads(SKETCHES.read_text("utf-8"))
-    return tuple(Sketch(e["licence"], e["text"], e["stride"], frozenset(unpack(e["hashes"]))) for e in entries)
+    return tuple(
+        Sketch(e["licence"], e["text"], e["stride"], frozenset(unpack(e["hashes"])), e["restricts"]) for e in entries
+    )
 
 
 def sketch_of(licence: str, name: str, text: str) -> dict[str, object]:
     """The entry of `licenses/texts.json` for one text."""
     found = shingles(text)
     stride = STRIDE if len(found) > LONG else 1
-    return {"licence": licence, "text": name, "stride": stride, "hashes": pack(h for h in found if h % stride == 0)}
+    kept = pack(h for h in found if h % stride == 0)
+    return {"licence": licence, "text": name, "stride": stride, "restricts": restrictions(text), "hashes": kept}
 
 
 def pack(hashes: object) -> str:
