@@ -18,7 +18,7 @@ from data_prep.readers import BadRecord, read_source, source_files
 from data_prep.steps import STEPS, Verdicts, holdout, not_in
 from data_prep.tokens import Tokenizer, load_tokenizer
 from recipes.authors import MODEL_COLUMNS, WRITTEN_BY
-from recipes.errors import DataError, RetortError
+from recipes.errors import DataError, GateError, RetortError
 from recipes.gate import check
 from recipes.lineage import (
     cannot_write,
@@ -86,12 +86,15 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False) -> Prepared:
         DataError: a source or row that cannot be read or masked, nothing left to train on, an edited data file, a
             folder `data` that is somebody else's.
         RecipeError: the tokenizer cannot be loaded.
+        GateError: an attestation was given for files that have changed since.
     """
     folder = data_dir(run_dir)
     inputs = source_inputs(recipe)
     manifest = read_manifest(folder)
     if manifest is None and folder.is_dir() and any(folder.iterdir()):
         raise DataError("holds files that Retort did not write", str(folder), "choose another output")
+    if manifest is not None:
+        _require_attested(recipe, manifest, inputs)
     # A fresh preparation reads the rows before the tokenizer: a bad row is found before anything slow is imported.
     sources = _read_all(recipe) if manifest is None else None
     tokenizer = load_tokenizer(recipe.model)
@@ -139,6 +142,24 @@ def _swapped(recipe: Recipe, manifest: dict[str, Any]) -> list[str]:
         return []
     swapped = [before["ref"]] if before != base_state(recipe) else []
     return swapped + changed_papers(manifest.get("lineage", []), recipe)
+
+
+def _require_attested(recipe: Recipe, manifest: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
+    """An attestation expires with the inputs that it was given for.
+
+    Raises:
+        GateError: the recipe carries an attestation of the earlier preparation, and its asset has changed since.
+    """
+    earlier = manifest.get("recipe", {}).get("attest") or []
+    before = {i["ref"]: i["sha256"] for i in manifest["inputs"]} | {
+        str(manifest.get("base", {}).get("ref")): manifest.get("base")
+    }
+    now = {i["ref"]: i["sha256"] for i in inputs} | {str(recipe.model.ref): base_state(recipe)}
+    for attest in recipe.attest:
+        asset = attest.asset
+        if attest.model_dump(mode="json") in earlier and asset in before and before[asset] != now.get(asset):
+            what = f"the attestation by {attest.who} of {attest.when} was given for other files"
+            raise GateError(what, asset, "have it decided again, and write the new date")
 
 
 def base_state(recipe: Recipe) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def _model_folder(path: Path, name: str, role: Role, depth: int, found: Found) -
     ours = _our_manifest(path, found, role, depth)
     _card(path, found, role, depth)
     _licence_texts(path, found)
+    _merge(path, found, role, depth)
     if is_adapter:
         _adapter(path, found, role, depth)
     elif (path / "config.json").is_file() and not ours:
@@ -373,6 +374,28 @@ def _architecture(config: dict[str, Any], found: Found) -> None:
             found.claims.append(Claim(licence, licence, f"config.json: model_type {kind}", firm=False))
     if config.get("vision_config"):
         found.flags.add("multimodal")
+
+
+def _merge(path: Path, found: Found, role: Role, depth: int) -> None:
+    """The models that mergekit says it merged."""
+    plan = next((p for p in (path / "mergekit_config.yml", path / "mergekit_config.yaml") if p.is_file()), None)
+    if plan is None:
+        return
+    try:
+        stack: list[Any] = [yaml.safe_load(found.read(plan))]
+    except (yaml.YAMLError, ValueError, RecursionError):
+        found.doubt("block", f"{plan.name} cannot be read", plan.name, "restore the file", unknown=True)
+        return
+    merged: list[str] = []
+    while stack:
+        part = stack.pop()
+        if isinstance(part, dict):
+            merged += [name for key in ("model", "base_model") for name in _names_in(part.get(key))]
+            stack += [value for key, value in part.items() if key not in {"model", "base_model"}]
+        elif isinstance(part, list):
+            stack += part
+    for name in dict.fromkeys(merged):
+        found.parents.append(("is merged from", _reference(name, role, path, depth)))
 
 
 def _adapter(path: Path, found: Found, role: Role, depth: int) -> None:

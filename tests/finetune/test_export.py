@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -110,6 +111,25 @@ def test_no_flipped_byte_is_taken_for_whole(prepared: tuple[Path, list[Path]], d
     finally:
         path.write_bytes(whole)
     assert prepare(loaded, loaded.run_dir, keep=True).reused
+
+
+def test_an_attestation_expires_with_the_files_it_was_given_for(
+    plan: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe, _, sections = plan
+    rows = sections["data"]["train"][0]["path"]
+    bare = {**sections["data"], "train": [{"path": rows}]}
+    given = {"asset": rows, "who": "J. Roe", "when": date.today().isoformat(), "why": "our own rows"}
+    content = {**json.loads(recipe.read_text()), "data": bare}
+    recipe.write_text(json.dumps(content))
+    assert run_cli("prepare", str(recipe), cwd=tmp_path).returncode == 3
+    recipe.write_text(json.dumps({**content, "attest": [given]}))
+    assert run_cli("prepare", str(recipe), cwd=tmp_path).returncode == 0
+    write_rows(Path(rows), colour_rows(40))
+    refused = run_cli("prepare", str(recipe), cwd=tmp_path)
+    assert refused.returncode == 3 and "was given for other files" in last_line(refused.stderr)
+    recipe.write_text(json.dumps({**content, "attest": [{**given, "why": "our own rows, seen again"}]}))
+    assert run_cli("prepare", str(recipe), cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.slow

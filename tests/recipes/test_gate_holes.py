@@ -158,3 +158,12 @@ def test_deep_json_is_no_traceback(tmp_path: Path) -> None:
     (folder / "config.json").write_text("[" * 100_000)
     with pytest.raises(RetortError):
         asked(folder)
+
+
+def test_a_merge_follows_all_its_parts(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", "license: apache-2.0")
+    plan = "merge_method: slerp\nbase_model: Qwen/Qwen3-8B\nslices:\n- sources:\n  - model: Qwen/Qwen3-8B\n"
+    (folder / "mergekit_config.yml").write_text(plan)
+    assert asked(folder).verdict == "allow"
+    (folder / "mergekit_config.yml").write_text(f"{plan}  - model: meta-llama/Llama-2-7b-hf\n")
+    assert asked(folder).verdict == "block"
