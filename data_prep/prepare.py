@@ -19,7 +19,8 @@ from data_prep.steps import STEPS, Verdicts, holdout, not_in
 from data_prep.tokens import Tokenizer, load_tokenizer
 from recipes.authors import MODEL_COLUMNS, WRITTEN_BY
 from recipes.errors import DataError, GateError, RetortError
-from recipes.gate import check
+from recipes.evidence import to_record
+from recipes.gate import examine
 from recipes.lineage import (
     cannot_write,
     code_state,
@@ -33,7 +34,7 @@ from recipes.lineage import (
 )
 from recipes.papers import cached
 from recipes.schema import Holdout, Recipe, Source
-from recipes.sources import changed_papers, lineage
+from recipes.sources import changed_papers
 
 GENERATOR_COLUMNS = (*WRITTEN_BY, *MODEL_COLUMNS)
 
@@ -93,7 +94,7 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False) -> Prepared:
     manifest = read_manifest(folder)
     if manifest is None and folder.is_dir() and any(folder.iterdir()):
         raise DataError("holds files that Retort did not write", str(folder), "choose another output")
-    if manifest is not None:
+    if manifest is not None and recipe.attest:
         _require_attested(recipe, manifest, inputs)
     # A fresh preparation reads the rows before the tokenizer: a bad row is found before anything slow is imported.
     sources = _read_all(recipe) if manifest is None else None
@@ -151,10 +152,10 @@ def _require_attested(recipe: Recipe, manifest: dict[str, Any], inputs: list[dic
         GateError: the recipe carries an attestation of the earlier preparation, and its asset has changed since.
     """
     earlier = manifest.get("recipe", {}).get("attest") or []
-    before = {i["ref"]: i["sha256"] for i in manifest["inputs"]} | {
-        str(manifest.get("base", {}).get("ref")): manifest.get("base")
-    }
-    now = {i["ref"]: i["sha256"] for i in inputs} | {str(recipe.model.ref): base_state(recipe)}
+    before, now = (
+        {i["ref"]: i["sha256"] for i in made_of} | {base.get("ref"): base}
+        for made_of, base in ((manifest["inputs"], manifest.get("base", {})), (inputs, base_state(recipe)))
+    )
     for attest in recipe.attest:
         asset = attest.asset
         if attest.model_dump(mode="json") in earlier and asset in before and before[asset] != now.get(asset):
@@ -338,6 +339,7 @@ def _write(
             _write_parquet(fresh / f"{name}.parquet", part)
     lines = (json.dumps(d, ensure_ascii=False) for d in sieve.dropped)
     (fresh / "dropped.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    verdict, assets = examine(recipe)
     content = {
         "kind": "data",
         "fingerprint": key,
@@ -346,8 +348,8 @@ def _write(
         "parents": [],
         "code": code_state(),
         "packages": packages(),
-        "verdict": check(recipe).as_dict(),
-        "lineage": lineage(recipe),
+        "verdict": verdict.as_dict(),
+        "lineage": [to_record(asset) for asset in assets],
         "base": base_state(recipe),
         "counts": _counts(masked, sieve, recipe.train.seq_len),
         "generators": dict(sieve.generators),

@@ -13,25 +13,12 @@ from finetune.runs import changed_keys, load_run_recipe
 from recipes.errors import DataError, GateError, RecipeError
 from recipes.evidence import Asset, to_record
 from recipes.facts import facts
-from recipes.gate import Due, Verdict, judge
+from recipes.gate import Due, Verdict, examine
 from recipes.lineage import cannot_write, code_state, packages, read_manifest, verify, write_manifest
 from recipes.schema import Recipe
-from recipes.sources import recipe_assets
 from recipes.texts import identify
 
 EXPORT = "export"
-DUTIES = {  # how an export meets a duty; the others it can only pass on
-    "name_prefix": "the name",
-    "licence_copy": "the licence text in licences/",
-    "notice_file": "NOTICE",
-    "attribution": "NOTICE",
-    "keep_notices": "NOTICE",
-    "modified_notice": "NOTICE",
-    "display": "NOTICE and the model card",
-    "use_restrictions": "the model card",
-    "acceptable_use": "the model card",
-    "share_alike": "the model card",
-}
 
 
 def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> Path:
@@ -47,8 +34,7 @@ def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> 
     """
     run = recipe.run_dir
     manifest = _finished(recipe, run)
-    assets = recipe_assets(recipe)
-    verdict = judge(assets, recipe.use, recipe.attest)
+    verdict, assets = examine(recipe)
     verdict.require()
     copies = _licence_texts(assets, texts)
     if recipe.use is not None and recipe.use.distribute:

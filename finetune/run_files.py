@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from recipes.errors import DataError
+from recipes.gate import Due
 from recipes.refs import Ref, parse_ref
 
 DASH = "–"
@@ -211,12 +212,10 @@ def words_of(value: Any) -> list[str]:
 def duties_of(verdict: Any) -> list[str]:
     """The obligations of a verdict in a sentence each."""
     found = dig(verdict, "obligations")
+    known = {item.name for item in fields(Due)}
     return [
-        f"{d.get('asset')}, {d.get('license')} {d.get('clause') or ''}: {d.get('says')}"
-        + (" (not met yet)" if d.get("met") is False else "")
-        if isinstance(d, dict)
-        else str(d)
-        for d in (found if isinstance(found, (list, tuple)) else [])
+        Due(**duty).sentence() if isinstance(duty, dict) and duty.keys() == known else str(duty)
+        for duty in (found if isinstance(found, (list, tuple)) else [])
     ]
 
 

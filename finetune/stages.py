@@ -25,7 +25,7 @@ from finetune.runs import is_main, say
 from finetune.stats import Answer
 from finetune.trainers import BUILDERS, token_dataset
 from recipes.errors import DataError, RecipeError, RetortError
-from recipes.evidence import from_record
+from recipes.evidence import Asset, from_record, to_record
 from recipes.facts import facts
 from recipes.gate import Verdict
 from recipes.lineage import (
@@ -42,7 +42,6 @@ from recipes.lineage import (
     write_manifest,
 )
 from recipes.schema import Recipe
-from recipes.sources import lineage
 
 MASKED_ROWS = 6  # rows whose masks the report shows
 
@@ -309,6 +308,7 @@ def finish(
     recipe: Recipe,
     folder: Path,
     verdict: Verdict,
+    assets: Sequence[Asset],
     device: Device,
     prepared: Prepared,
     layout: Layout,
@@ -319,7 +319,6 @@ def finish(
         shutil.rmtree(folder / leftover, ignore_errors=True)
     base = fetch(recipe.model.ref, True)
     parent = read_manifest(base) or {}
-    lineage_now = lineage(recipe)
     content = {
         "kind": "run",
         "name": recipe.name,
@@ -331,7 +330,7 @@ def finish(
                 # A hub model lies in snapshots/<commit>: with it the run can be repeated when `main` has moved on.
                 "revision": base.name if recipe.model.ref.kind == "hub" else None,
                 "sha256": sha256_path(base),
-                "license": _licences(lineage_now[0]) or parent.get("license"),
+                "license": _licences(assets[0]) or parent.get("license"),
             },
             *prepared.manifest["inputs"],
         ],
@@ -340,7 +339,7 @@ def finish(
         "packages": packages(),
         "environment": environment(device.name),
         "verdict": verdict.as_dict(),
-        "lineage": lineage_now,
+        "lineage": [to_record(asset) for asset in assets],
         "generators": prepared.manifest["generators"],
         "counts": {**prepared.counts, "steps": layout.steps},
         "metrics": (result or {}).get("metrics", {}),
@@ -348,10 +347,10 @@ def finish(
     publish(folder, content)
 
 
-def _licences(record: dict[str, Any]) -> str:
+def _licences(asset: Asset) -> str:
     """What an asset of the lineage is under, as SPDX ids where there are any."""
     known = facts().licences
-    named = dict.fromkeys(c["licence"] for c in record["claims"] if c["licence"])
+    named = dict.fromkeys(c.licence for c in asset.claims if c.licence)
     return " AND ".join(known[name].spdx or name for name in named)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from finetune.runs import is_main, main_process_first, open_run, say
 from recipes.errors import EngineError, MemoryFitError, RetortError, out_of_memory
-from recipes.gate import Verdict, check
+from recipes.evidence import Asset
+from recipes.gate import Verdict, examine
 from recipes.load import load_recipe
 from recipes.quiet import opt_out
 from recipes.schema import Recipe
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> None:
     """The stages of a run, in order. Everything cheap that can fail comes before everything slow."""
-    verdict = check(recipe)
+    verdict, assets = examine(recipe)
     verdict.require()
     if recipe.teacher is not None:
         raise EngineError("no stage generates with a teacher yet", "teacher", "leave teacher out to train on the rows")
@@ -55,10 +56,10 @@ def run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> None:
         return
     if opened.status == "resumed":
         say(f"going on with the unfinished run in {opened.folder}")
-    train(recipe, opened, verdict)
+    train(recipe, opened, verdict, assets)
 
 
-def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
+def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]) -> None:
     """Prepare, measure the base, train, measure the tuned model, report."""
     from data_prep.prepare import prepare, read_rows
     from data_prep.tokens import fetch
@@ -74,7 +75,7 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
         prepared = prepare(recipe, folder)
         if recipe.model.ref.kind == "hub":  # judged by its name so far; now that its files are here, by them
             fetch(recipe.model.ref, True)
-            verdict = check(recipe)
+            verdict, assets = examine(recipe)
             verdict.require()
         if recipe.model.public_key is not None:
             require_signature(fetch(recipe.model.ref, True), Path(recipe.model.public_key))
@@ -104,7 +105,7 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict) -> None:
 
     if is_main():
         result = stages.tuned_result(recipe, trainer.model, tokenizer, measured, base, folder)
-        stages.finish(recipe, folder, verdict, device, prepared, layout, result)
+        stages.finish(recipe, folder, verdict, assets, device, prepared, layout, result)
         tracker.finish(result, [folder / n for n in ("report.html", "manifest.json", "recipe.yaml", "eval.json")])
         show_result(folder)
 

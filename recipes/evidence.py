@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 from recipes.errors import DataError
-from recipes.facts import MAY_ALLOW, Family, Host, facts, fold
+from recipes.facts import MAY_ALLOW, DataFamily, Family, Host, facts, fold
 
 Role = Literal["base", "teacher", "judge", "data", "eval"]
+NO_EVIDENCE = "no evidence"  # source of the doubt that nobody states what an asset is under
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"(?P<repo>[^/\s@:]+/[^/\s@:]+)(?:@(?P<revision>\S+))?")
 RELEASE = re.compile(
@@ -59,7 +60,7 @@ class Doubt:
 
 @dataclass(frozen=True)
 class Asset:
-    """A node of the lineage. `parents` are (relation, asset): made_from, adapter_of, trained_on, written_by."""
+    """A node of the lineage. `parents` are (relation, asset), the relation in words: "adapts", "is made from"."""
 
     name: str
     role: Role
@@ -75,7 +76,7 @@ class Asset:
         """The asset and all its ancestors, each with the relations that lead to it."""
         yield self, path
         for relation, parent in self.parents:
-            yield from parent.walk((*path, f"{self.name} {relation.replace('_', ' ')}"))
+            yield from parent.walk((*path, f"{self.name} {relation}"))
 
 
 def model_asset(name: str, role: Role, at_hand: bool = False) -> Asset:
@@ -104,14 +105,14 @@ def bare_model(name: str, role: Role, doubts: tuple[Doubt, ...] = ()) -> Asset:
     """A model by a bare name, as rows and servers give it: `claude-2`, `Meta-Llama-3-8B-Instruct`."""
     wanted = re.sub(r"[\s_]+", "-", name.casefold().strip())
     for host in facts().families.hosts:
-        if any(fnmatchcase(wanted, pattern) or fnmatchcase(name.casefold(), pattern) for pattern in host.models):
+        if _serves(host, wanted) or _serves(host, name):
             return service_asset(host, name, role, doubts)
     family = _by_base_name(name)
     if family is None:
         return Asset(name, role, "model", doubts=(*doubts, _unknown(name)))
-    claims = _family_claims(family, f"the name, as of {family.id}")
-    doubts = (*doubts, _unread(family)) if not family.licences else doubts
-    return Asset(name, role, "model", tuple(claims), _generators(family, role), doubts, frozenset(family.flags))
+    claims = tuple(_family_claims(family, f"the name, as of {family.id}"))
+    doubts = (*doubts, *_unread(family))
+    return Asset(name, role, "model", claims, _generators(family, role), doubts, frozenset(family.flags))
 
 
 def service_asset(host: Host, name: str, role: Role, doubts: tuple[Doubt, ...] = ()) -> Asset:
@@ -143,7 +144,7 @@ def dataset_asset(name: str, role: Role) -> Asset:
     found = facts().dataset(match["repo"]) if match else None
     if found is None:
         return Asset(cleaned, role, "data", doubts=(*doubts, _unknown(cleaned)), provisional=True)
-    return Asset(cleaned, role, "data", *_of_dataset(found, role), (*doubts, *_unread_data(found)), provisional=True)
+    return Asset(cleaned, role, "data", *_of_dataset(found, role), (*doubts, *_unread(found)), provisional=True)
 
 
 def dataset_by_file_name(path: Path, role: Role) -> tuple[tuple[Claim, ...], tuple[tuple[str, Asset], ...]]:
@@ -187,7 +188,7 @@ def _by_name(
     doubts: list[Doubt] = []
     source = ""
     if found is None:
-        found = _by_base_name(name, organisation)
+        found = _by_base_name(name)
         source = f"the name, as of {found.id}" if found else ""
         mirrored = organisation.casefold() in {m.casefold() for m in facts().families.mirrors}
         if found is not None and not (mirrored and _is_release(name, found)):
@@ -199,8 +200,7 @@ def _by_name(
     if found is None:
         return [], [], [*doubts, *([] if doubts else [_unknown(repo)])], frozenset()
     claims = _family_claims(found, source or f"id pattern {found.id} ({found.source})")
-    if not found.licences:
-        doubts.append(_unread(found))
+    doubts += _unread(found)
     if found.history and revision not in (None, "main"):
         says = f"its licence changed over time ({'; '.join(found.history)}), and the text at {revision} decides"
         doubts.append(Doubt("review", says, found.source, "give the files of that revision"))
@@ -214,7 +214,7 @@ def _family_claims(family: Family, source: str) -> list[Claim]:
     return [Claim(licence, licence, source, family.verified in MAY_ALLOW) for licence in family.licences]
 
 
-def _generators(entry: Any, role: Role) -> tuple[tuple[str, Asset], ...]:
+def _generators(entry: Family | DataFamily, role: Role) -> tuple[tuple[str, Asset], ...]:
     """The models that wrote the data an entry was made from, each as a teacher."""
     return tuple(
         ("was trained on rows written under" if role != "data" else "was written under", _service_terms(licence, entry))
@@ -222,12 +222,12 @@ def _generators(entry: Any, role: Role) -> tuple[tuple[str, Asset], ...]:
     )
 
 
-def _service_terms(licence: str, entry: Any) -> Asset:
+def _service_terms(licence: str, entry: Family | DataFamily) -> Asset:
     claim = Claim(licence, licence, entry.source, entry.verified in MAY_ALLOW)
     return Asset(facts().licences[licence].name, "teacher", "service", (claim,))
 
 
-def _of_dataset(family: Any, role: Role) -> tuple[tuple[Claim, ...], tuple[tuple[str, Asset], ...]]:
+def _of_dataset(family: DataFamily, role: Role) -> tuple[tuple[Claim, ...], tuple[tuple[str, Asset], ...]]:
     claims = tuple(
         Claim(licence, family.declared, f"{family.id} ({family.source})", family.verified in MAY_ALLOW)
         for licence in family.licences
@@ -235,12 +235,9 @@ def _of_dataset(family: Any, role: Role) -> tuple[tuple[Claim, ...], tuple[tuple
     return claims, _generators(family, "data") if role != "eval" else ()
 
 
-def _by_base_name(name: str, organisation: str = "") -> Family | None:
+def _by_base_name(name: str) -> Family | None:
     """The family whose models are called so, whoever uploaded this one: re-uploads, quantised or not."""
-    plain = name
-    while (shorter := QUANTISED.sub("", plain)) != plain:
-        plain = shorter
-    for candidate in (name, plain):
+    for candidate in (name, _unquantised(name)):
         for family in facts().families.models:
             owner, _, pattern = family.id.casefold().partition("/")
             inner = candidate.casefold().removeprefix(f"{owner}_")  # acme_model: how some mirrors write acme/model
@@ -251,12 +248,19 @@ def _by_base_name(name: str, organisation: str = "") -> Family | None:
 
 def _is_release(name: str, family: Family) -> bool:
     """Whether a re-upload's name is that of a release, and not of something made from one."""
-    plain = name
-    while (shorter := QUANTISED.sub("", plain)) != plain:
-        plain = shorter
     owner, _, pattern = family.id.casefold().partition("/")
-    rest = plain.casefold().removeprefix(f"{owner}_").removeprefix(pattern.rstrip("*")) if "*" in pattern else ""
-    return "*" not in pattern.rstrip("*") and RELEASE.fullmatch(rest) is not None
+    if "*" not in pattern:
+        return True
+    begin = pattern.rstrip("*")
+    rest = _unquantised(name).casefold().removeprefix(f"{owner}_").removeprefix(begin)
+    return "*" not in begin and RELEASE.fullmatch(rest) is not None
+
+
+def _unquantised(name: str) -> str:
+    """A name without the marks of quantisation at its end."""
+    while (shorter := QUANTISED.sub("", name)) != name:
+        name = shorter
+    return name
 
 
 def _near_miss(organisation: str) -> str | None:
@@ -287,24 +291,25 @@ def _one_edit(a: str, b: str) -> bool:
 def _service(prefix: str, name: str) -> Host | None:
     """Hub-style names of hosted models, `openai/gpt-4o`; open weights of the same house are no service."""
     host = host_named(prefix)
-    folded = name.casefold()
-    if host is not None and any(fnmatchcase(folded, pattern) for pattern in host.models):
-        return host
-    return None
+    return host if host is not None and _serves(host, name) else None
+
+
+def _serves(host: Host, name: str) -> bool:
+    """Whether a model of this name belongs to the service wherever it is met."""
+    return any(fnmatchcase(name.casefold(), pattern) for pattern in host.models)
 
 
 def _unknown(name: str) -> Doubt:
     remedy = "state its licence in the recipe with its source, give a folder with its card, or attest"
-    return Doubt("block", f"nobody has written down what '{name}' is under", "no evidence", remedy, unknown=True)
+    return Doubt("block", f"nobody has written down what '{name}' is under", NO_EVIDENCE, remedy, unknown=True)
 
 
-def _unread(family: Family) -> Doubt:
+def _unread(family: Family | DataFamily) -> tuple[Doubt, ...]:
+    """A doubt where a family is known to be under terms that nobody has read."""
+    if family.licences:
+        return ()
     says = family.note or "its terms are known to exist and have not been read"
-    return Doubt("block", says, family.source, "read the terms, add their facts, or attest", unknown=True)
-
-
-def _unread_data(family: Any) -> tuple[Doubt, ...]:
-    return () if family.licences else (_unread(family),)
+    return (Doubt("block", says, family.source, "read the terms, add their facts, or attest", unknown=True),)
 
 
 def licence_named(text: str) -> str | None:
@@ -322,13 +327,8 @@ def to_record(asset: Asset) -> dict[str, Any]:
         "name": asset.name,
         "role": asset.role,
         "kind": asset.kind,
-        "claims": [
-            {"licence": c.licence, "stated": c.stated, "source": c.source, "firm": c.firm} for c in asset.claims
-        ],
-        "doubts": [
-            {"effect": d.effect, "says": d.says, "source": d.source, "remedy": d.remedy, "unknown": d.unknown}
-            for d in asset.doubts
-        ],
+        "claims": [asdict(claim) for claim in asset.claims],
+        "doubts": [asdict(doubt) for doubt in asset.doubts],
         "flags": sorted(asset.flags),
         "files": asset.files,
         "parents": [[relation, to_record(parent)] for relation, parent in asset.parents],

@@ -7,7 +7,7 @@ wins. What nobody has read is unknown and blocks; what was read and is silent ne
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date, timedelta
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from recipes.errors import GateError
 from recipes.evidence import Asset
 from recipes.facts import MAY_ALLOW, Facts, Licence, Limit, Obligation, Statement, facts
 from recipes.schema import Attest, Recipe, Use
+from recipes.sources import recipe_assets
 
 FRESH = timedelta(days=365)  # facts older than this allow nothing by themselves
 Effect = Literal["allow", "allow-with-obligations", "note", "review", "block"]
@@ -115,20 +116,9 @@ class _Bench:
         clause = statement.clause if statement else None
         origin = licence.origin(statement) if licence and statement else source
         name, version = (licence.id, licence.version) if licence else (None, None)
+        asset, role = self.asset.name, self.asset.role
         found = Reason(
-            self.asset.name,
-            name,
-            version,
-            clause,
-            effect,
-            origin,
-            remedy,
-            says,
-            self.asset.role,
-            self.via,
-            unknown,
-            forbidden,
-            asks,
+            asset, name, version, clause, effect, origin, remedy, says, role, self.via, unknown, forbidden, asks
         )
         self.reasons.append(found)
 
@@ -166,7 +156,8 @@ def judge(
         for asset, via in root.walk():
             bench = _Bench(known, use, student, asset, via)
             _judge_asset(bench)
-            reasons += _settle(bench.reasons, [a for a in attests if _meant(a, asset, root)], today)
+            names = {asset.name, asset.name.partition("@")[0]}
+            reasons += _settle(bench.reasons, [a for a in attests if a.asset in names], today)
             dues += bench.dues
     reasons = list(dict.fromkeys(reasons))
     dues = list({(d.license, d.type, d.value, d.asset): d for d in dues}.values())
@@ -192,11 +183,15 @@ def judge(
     )
 
 
-def check(recipe: Recipe) -> Verdict:
-    """Judge a recipe by everything at hand about its base, its teacher and its data."""
-    from recipes.sources import recipe_assets
+def examine(recipe: Recipe) -> tuple[Verdict, tuple[Asset, ...]]:
+    """Judge a recipe by everything at hand about its base, its teacher and its data; with what was at hand."""
+    assets = recipe_assets(recipe)
+    return judge(assets, recipe.use, recipe.attest), assets
 
-    return judge(recipe_assets(recipe), recipe.use, recipe.attest)
+
+def check(recipe: Recipe) -> Verdict:
+    """The verdict on a recipe, for those who do not keep its lineage."""
+    return examine(recipe)[0]
 
 
 def _judge_asset(bench: _Bench) -> None:
@@ -226,7 +221,7 @@ def _judge_asset(bench: _Bench) -> None:
 
 
 def _with_evidence(reason: Reason, evidence: str) -> Reason:
-    return Reason(**{**reason.__dict__, "source": f"{reason.source} (asset: {evidence})"})
+    return replace(reason, source=f"{reason.source} (asset: {evidence})")
 
 
 def _contradictions(bench: _Bench) -> None:
@@ -415,11 +410,6 @@ def _conflicts(dues: Sequence[Due], use: Use) -> list[Reason]:
     return []
 
 
-def _meant(attest: Attest, asset: Asset, root: Asset) -> bool:
-    names = {asset.name, asset.name.partition("@")[0]}
-    return attest.asset in names or attest.asset == f"{asset.name}" or (attest.asset == root.name and asset is root)
-
-
 def _settle(reasons: list[Reason], attests: Sequence[Attest], today: date) -> list[Reason]:
     """Replace what a person has decided by a note of who decided."""
     made = []
@@ -429,7 +419,7 @@ def _settle(reasons: list[Reason], attests: Sequence[Attest], today: date) -> li
             made.append(reason)
             continue
         says = f"attested by {attest.who} on {attest.when}: {attest.why} (in place of {reason.effect}: {reason.says})"
-        made.append(Reason(**{**reason.__dict__, "effect": "allow-with-obligations", "says": says, "unknown": False}))
+        made.append(replace(reason, effect="allow-with-obligations", says=says, unknown=False))
     return made
 
 

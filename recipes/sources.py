@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,10 +18,10 @@ from recipes.evidence import (
     Role,
     bare_model,
     clean,
+    from_record,
     host_at,
     host_named,
     service_asset,
-    to_record,
 )
 from recipes.papers import hub_data, hub_model, local_data, local_model
 from recipes.refs import EMBEDDED, Ref, require_model_folder
@@ -36,23 +37,13 @@ def recipe_assets(recipe: Recipe, columns: bool = True) -> tuple[Asset, ...]:
     return tuple(_recipe_assets(recipe, columns))
 
 
-def lineage(recipe: Recipe) -> list[dict[str, Any]]:
-    """The assets of a recipe with all that is known of them, for the manifest of what is made from them."""
-    return [to_record(asset) for asset in recipe_assets(recipe)]
-
-
 def changed_papers(record: list[dict[str, Any]], recipe: Recipe) -> list[str]:
     """Cards, licence texts and configurations that are no longer what a manifest's lineage was read from."""
-    before = {path: digest for entry in record for path, digest in _papers(entry)}
-    read = recipe_assets(recipe, columns=False)
-    now = {path: digest for asset in read for node, _ in asset.walk() for path, digest in node.files.items()}
+    before, now = (
+        {path: digest for asset in assets for node, _ in asset.walk() for path, digest in node.files.items()}
+        for assets in (map(from_record, record), recipe_assets(recipe, columns=False))
+    )
     return sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path))
-
-
-def _papers(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield from entry["files"].items()
-    for _, parent in entry["parents"]:
-        yield from _papers(parent)
 
 
 def _recipe_assets(recipe: Recipe, columns: bool) -> Iterator[Asset]:
@@ -85,8 +76,7 @@ def _source(source: Source, role: Role, columns: bool) -> Asset:
     if source.generated_by is None:
         return made
     writer = asset_named(source.generated_by, "teacher")
-    parents = (*made.parents, ("holds rows written by", writer))
-    return Asset(made.name, role, "data", made.claims, parents, made.doubts, made.flags, made.provisional, made.files)
+    return replace(made, parents=(*made.parents, ("holds rows written by", writer)))
 
 
 def asset_named(text: str, role: Role, stated: str | None = None) -> Asset:
@@ -124,7 +114,7 @@ def asset_named(text: str, role: Role, stated: str | None = None) -> Asset:
             )
         return bare_model(name, role, doubts)
     if role in {"data", "eval"}:
-        return hub_data(name.removeprefix("datasets/"), role, stated)
+        return hub_data(name, role, stated)
     return hub_model(name, role, stated)
 
 

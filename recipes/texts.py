@@ -54,9 +54,8 @@ def shingles(text: str) -> set[int]:
     """Hashes of all runs of SHINGLE words; front matter and copyright lines are left out."""
     plain = _plain(_HOLDER.sub(" ", text))
     words = re.findall(r"\w+", plain)
-    return {
-        zlib.crc32(" ".join(words[i : i + SHINGLE]).encode()) for i in range(max(1, len(words) - SHINGLE + 1)) if words
-    }
+    starts = range(max(min(1, len(words)), len(words) - SHINGLE + 1))
+    return {zlib.crc32(" ".join(words[i : i + SHINGLE]).encode()) for i in starts}
 
 
 def restrictions(text: str) -> dict[str, int]:

@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from recipes.errors import RecipeError
 from recipes.evidence import Asset, Role
 from recipes.facts import Licence, Statement, facts
-from recipes.gate import Verdict, judge
+from recipes.gate import Verdict, examine, judge
 from recipes.lineage import write_atomic
 from recipes.load import load_recipe
 from recipes.schema import Use
-from recipes.sources import asset_named, recipe_assets
+from recipes.sources import asset_named
 
 
 def asked(
@@ -34,8 +34,7 @@ def asked(
         if loaded.use is None:
             remedy = "add use: {purpose: commercial, distribute: false}"
             raise RecipeError("does not say what the model is for, so nothing can be judged", f"{recipe}: use", remedy)
-        assets = recipe_assets(loaded)
-        return judge(assets, loaded.use, loaded.attest), assets
+        return examine(loaded)
     if role not in get_args(Role):
         raise RecipeError(f"'{role}' is no role", "--role", f"one of {', '.join(get_args(Role))}")
     lists = {k: None if use[k] is None else _split(use[k]) for k in ("territories", "competes_with")}

@@ -7,6 +7,7 @@ from typing import Any
 
 from data_prep.readers import source_files
 from finetune.layout import Device, Layout, ModelFacts, find_device, model_facts, plan_layout
+from finetune.run_files import duties_of
 from recipes.errors import DataError, RecipeError, RetortError
 from recipes.gate import check
 from recipes.lineage import read_manifest
@@ -137,7 +138,7 @@ def describe(plan: dict[str, Any]) -> list[str]:
             for r in plan["verdict"]["reasons"]
             if r["effect"] in {"block", "review"}
         ),
-        *(f"           obligation: {o['asset']}, {o['license']}: {o['says']}" for o in plan["verdict"]["obligations"]),
+        *(f"           obligation: {duty}" for duty in duties_of(plan["verdict"])),
         *(
             f"data     {name}: {'unknown' if rows is None else f'{rows:,}'} rows"
             for name, rows in data["sources"].items()

@@ -88,8 +88,8 @@ def test_a_permissive_label_does_not_free_what_it_was_made_from(tmp_path: Path, 
 
 def test_adapters_follow_their_base(tmp_path: Path) -> None:
     assert asked(model(tmp_path / "a", "license: mit", "meta-llama/Llama-2-7b-hf")).verdict == "block"
-    local = asked(model(tmp_path / "b", "license: mit", "/root/models/llama"), role="base")
-    assert local.verdict == "block" and local.unknown == ("/root/models/llama",)
+    local = asked(model(tmp_path / "b", "license: mit", "/home/somebody/models/llama"), role="base")
+    assert local.verdict == "block" and local.unknown == ("/home/somebody/models/llama",)
     assert asked(model(tmp_path / "c", "license: mit", "Qwen/Qwen3-8B"), role="base").verdict == "allow"
     assert asked(model(tmp_path / "d", None, "Qwen/Qwen3-8B"), role="base").verdict == "review"
     torn = model(tmp_path / "e", "license: mit\nbase_model: Qwen/Qwen3-4B", "Qwen/Qwen3-8B")
