@@ -58,17 +58,20 @@ def _ref(asset: Asset) -> str:
 
 
 def _component(asset: Asset, ref: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    kinds = {"data": "data", "service": "machine-learning-model"}
     component: dict[str, Any] = {
-        "type": kinds.get(asset.kind, "machine-learning-model"),
+        "type": "data" if asset.kind == "data" else "machine-learning-model",
         "bom-ref": ref,
         "name": asset.name,
         "properties": [{"name": "retort:role", "value": asset.role}],
     }
-    inputs = manifest.get("inputs") or []
-    digest = next((i.get("sha256") for i in inputs if i.get("ref", "").partition(":train")[0] == asset.name), None)
-    if digest:
-        component["hashes"] = [{"alg": "SHA-256", "content": digest}]
+    digests = [
+        i["sha256"]
+        for i in manifest.get("inputs") or []
+        # A source with a split is the asset's name, a colon, and the split.
+        if i.get("sha256") and i.get("role") == asset.role and f"{i.get('ref')}:".startswith(f"{asset.name}:")
+    ]
+    if digests:
+        component["hashes"] = [{"alg": "SHA-256", "content": digest} for digest in dict.fromkeys(digests)]
     known = facts().licences
     named = list(dict.fromkeys(c.licence or c.stated for c in asset.claims))
     if named:

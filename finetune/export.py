@@ -36,7 +36,7 @@ def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> 
     manifest = _finished(recipe, run)
     verdict, assets = examine(recipe)
     verdict.require()
-    copies = _licence_texts(assets, texts)
+    copies = licence_copies(assets, texts)
     if recipe.use is not None and recipe.use.distribute:
         require_met(verdict, copies)
     target, fresh = run / EXPORT, run / f"{EXPORT}.new"
@@ -130,13 +130,15 @@ def _finished(recipe: Recipe, run: Path) -> dict[str, Any]:
     return manifest
 
 
-def _licence_texts(assets: Sequence[Asset], more: Sequence[Path]) -> dict[str, Path]:
+def licence_copies(assets: Sequence[Asset], more: Sequence[Path]) -> dict[str, Path]:
     """Licence texts at hand, by licence."""
     found: dict[str, Path] = {}
     read = [Path(p) for root in assets for asset, _ in root.walk() for p in asset.files]
     for path in [*more, *read]:
         if not path.is_file():
-            raise RecipeError("there is no such licence text", str(path), "correct the path")
+            if path in more:
+                raise RecipeError("there is no such licence text", str(path), "correct the path")
+            continue  # recorded on the machine where an ancestor was made
         if path.stat().st_size < 1 << 20 and path.suffix in {"", ".txt", ".md"}:
             match = identify(path.read_text("utf-8", errors="replace"))
             if match.licence:

@@ -19,7 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.prepare import prepare
+from finetune.bom import bill_of_materials
+from finetune.export import licence_copies
 from recipes.errors import RetortError
+from recipes.evidence import Asset
 from recipes.load import load_recipe
 
 CARD = "---\nlicense: apache-2.0\n---\n# A tiny model of random weights\n"
@@ -148,6 +151,9 @@ def test_export_with_its_papers_and_what_it_refuses(plan: tuple[Path, Path, dict
     assert "Apache License 2.0" in notice and "rows.jsonl" in notice and "3(a)" in notice
     bill = json.loads((run / "export" / "bom.cdx.json").read_text())
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill)) is None
+    hashed = {c["bom-ref"]: c["hashes"][0]["content"] for c in bill["components"]}
+    inputs = json.loads((run / "manifest.json").read_text())["inputs"]
+    assert hashed == {f"base:{base}": inputs[0]["sha256"], f"data:{tmp_path / 'rows.jsonl'}": inputs[1]["sha256"]}
     assert run_cli("verify", str(run / "export"), cwd=tmp_path).returncode == 0
 
     # A student of this student: the whole lineage is judged again, and the label of the base no longer decides.
@@ -193,3 +199,16 @@ def test_a_missing_name_prefix_stops_the_export_and_not_the_training(
     svg = ElementTree.fromstring(picture.read_text())
     texts = [str(t.text) for t in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert any("llama-3.1" in t for t in texts) and "allow-with-obligations" in texts
+
+
+def test_a_bill_names_the_hash_of_every_split_and_an_export_needs_no_text_of_another_machine() -> None:
+    rows = Asset("embedded:legal", "data", "data", files={"/nowhere/LICENSE": "0"})
+    inputs = [
+        {"role": "data", "ref": "embedded:legal:conversations", "sha256": "a" * 64},
+        {"role": "data", "ref": "embedded:legal-more:train", "sha256": "b" * 64},
+    ]
+    bill = bill_of_materials({"inputs": inputs}, [rows], {"verdict": "allow"})
+    assert [h["content"] for h in bill["components"][0]["hashes"]] == ["a" * 64]
+    assert licence_copies([rows], []) == {}
+    with pytest.raises(RetortError, match="no such licence text"):
+        licence_copies([rows], [Path("/nowhere/else")])
