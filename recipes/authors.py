@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from recipes.errors import DataError
+from recipes.tables import KINDS, BadRecord, kind_of, records
 
 WRITTEN_BY = (
     *("_teacher", "generator", "teacher", "teacher_model", "teacher_name", "generated_by", "generator_model"),
@@ -55,14 +53,17 @@ class Authors:
 
 
 def read_authors(files: Iterable[Path]) -> Authors:
-    """Read what the rows say. Rows that are no objects are left to preparation, which refuses or drops them."""
+    """Read what the rows say. Broken rows are left to preparation, which refuses or drops them."""
     found = Authors()
     for path in files:
+        if kind_of(path) not in KINDS:
+            continue
         try:
-            for place, row in _records(path):
-                _note(found, place, row)
-        except (OSError, ValueError, EOFError, RecursionError, csv.Error, zlib.error) as error:
-            found.unread[str(path)] = " ".join(str(error).split())[:100] or type(error).__name__
+            for place, row in records(path):
+                if not isinstance(row, BadRecord):
+                    _note(found, place, row)
+        except DataError as error:
+            found.unread[str(path)] = error.message[:100]
     return found
 
 
@@ -81,8 +82,9 @@ def _note(found: Authors, place: str, row: dict[str, Any]) -> None:
     for column in LICENCE_COLUMNS:
         for text in _texts(columns.get(column)):
             found.licences.setdefault(text, place)
-    if found.spoken is None and (said := SELF.search(str(row.get("\0text", "")))):
-        found.spoken = (said[0], place)
+    if found.spoken is None:
+        said = next((match for text in _strings(row) if (match := SELF.search(text))), None)
+        found.spoken = (said[0], place) if said else None
 
 
 def _texts(value: Any) -> list[str]:
@@ -93,61 +95,10 @@ def _texts(value: Any) -> list[str]:
     return [str(part).strip() for part in parts if part is not None and str(part).strip()]
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row), the row's text under a null key."""
-    suffixes = [s.casefold() for s in path.suffixes]
-    kind = next((s for s in reversed(suffixes) if s not in {".gz", ".zst"}), "")
-    if kind not in {".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv"}:
-        return
-    if kind == ".parquet":
-        import pyarrow.parquet as pq
-
-        table = pq.ParquetFile(path)
-        for batch in table.iter_batches():
-            for number, row in enumerate(batch.to_pylist(), 1):
-                yield (
-                    f"{path}, row {number}",
-                    {**row, "\0text": " ".join(v for v in row.values() if isinstance(v, str))},
-                )
-        return
-    if suffixes[-1] == ".zst":
-        raise ValueError("compressed with zstd, which is not read here")
-    opener: Any = gzip.open if suffixes[-1] == ".gz" else open
-    if kind in {".jsonl", ".ndjson"}:
-        with opener(path, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                yield from _one(line, f"{path}:{number}")
-        return
-    with opener(path, "rb") as stream:
-        text = stream.read().decode("utf-8-sig", "replace")
-    if kind == ".json":
-        yield from _json(text, path)
-        return
-    csv.field_size_limit(1 << 30)
-    for number, row in enumerate(csv.DictReader(io.StringIO(text), delimiter="\t" if kind == ".tsv" else ","), 1):
-        yield f"{path}, row {number}", {**row, "\0text": " ".join(str(v) for v in row.values())}
-
-
-def _json(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One list of rows, several under names, or JSON Lines under the wrong ending."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        for number, line in enumerate(text.splitlines(), 1):
-            yield from _one(line.encode(), f"{path}:{number}")
-        return
-    parts = value.values() if isinstance(value, dict) else []
-    lists = [value] if isinstance(value, list) else [v for v in parts if isinstance(v, list)]
-    rows = [row for rows in lists for row in rows] or ([value] if isinstance(value, dict) else [])
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, dict):
-            yield f"{path}, row {number}", {**row, "\0text": json.dumps(row, ensure_ascii=False)}
-
-
-def _one(line: bytes, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return
-    if isinstance(row, dict):
-        yield place, {**row, "\0text": line.decode("utf-8", "replace")}
+def _strings(value: Any) -> Iterator[str]:
+    """Every text inside a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)

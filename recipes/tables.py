@@ -1,0 +1,250 @@
+"""Files of rows -> records with their place: JSON Lines, JSON, CSV, TSV and Parquet, plain or compressed.
+
+A large file is cut into parts that can be read alone, each with a hash of what decides its records, so that parts are
+read side by side and an edited file is read again only where it changed. Both the gate, which asks who wrote the rows,
+and preparation read through here.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from recipes.errors import DataError
+
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED = (".gz", ".zst")
+PART_BYTES = 4 << 20  # JSON Lines: a part ends with the first line that passes this size
+PART_ROWS = 50_000  # Parquet: a part ends with the first row group that passes this number of rows
+
+
+class BadRecord(DataError):
+    """One record of a file is broken; the records after it may be fine."""
+
+
+Record = tuple[str, "dict[str, Any] | BadRecord"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some consecutive records of a file.
+
+    Attributes:
+        digest: SHA-256 of the part's bytes (JSON Lines), or of the whole file.
+        start, end: byte offsets (JSON Lines) or row groups (Parquet); end None: to the end of the file.
+        row: number of the first line (JSON Lines) or row (Parquet) of the part, from 1.
+    """
+
+    path: Path
+    digest: str
+    start: int = 0
+    end: int | None = None
+    row: int = 1
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says how a file is read, in lower case, without that of its compression."""
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return name.suffix.lower()
+
+
+def parts_of(path: Path) -> tuple[str, list[Part]]:
+    """SHA-256 of a file, and its parts in order. Reads the file once.
+
+    Raises:
+        OSError: it cannot be read.
+        DataError: a Parquet file without a readable footer.
+    """
+    lines = kind_of(path) in {".jsonl", ".ndjson"} and path.suffix.lower() not in COMPRESSED
+    whole = hashlib.sha256()
+    parts: list[Part] = []
+    begin, row, position = 0, 1, 0
+    part, newlines = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while block := stream.read(min(1 << 20, PART_BYTES)):
+            whole.update(block)
+            if not lines:
+                continue
+            if position + len(block) - begin > PART_BYTES and (cut := block.rfind(b"\n") + 1):
+                part.update(block[:cut])
+                newlines += block.count(b"\n", 0, cut)
+                parts.append(Part(path, part.hexdigest(), begin, position + cut, row))
+                begin, row, part, newlines = position + cut, row + newlines, hashlib.sha256(), 0
+                part.update(block[cut:])
+                newlines += block.count(b"\n", cut)
+            else:
+                part.update(block)
+                newlines += block.count(b"\n")
+            position += len(block)
+    digest = whole.hexdigest()
+    if lines:
+        return digest, [*parts, Part(path, part.hexdigest(), begin, None, row)] if begin < position else parts
+    return digest, _row_groups(path, digest) if kind_of(path) == ".parquet" else [Part(path, digest)]
+
+
+def _row_groups(path: Path, digest: str) -> list[Part]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    if path.suffix.lower() in COMPRESSED:
+        raise DataError("is compressed from outside", str(path), "Parquet compresses itself: unpack the file")
+    try:
+        metadata = pq.read_metadata(path)
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _broken("Parquet", error, path) from None
+    parts, begin, first, rows = [], 0, 1, 0
+    for number, size in enumerate(sizes, 1):
+        rows += size
+        if rows >= PART_ROWS or number == len(sizes):
+            parts.append(Part(path, digest, begin, number, first))
+            begin, first, rows = number, first + rows, 0
+    return parts
+
+
+def records(part: Part | Path) -> Iterator[Record]:
+    """Yield `(place, record)` in file order; a broken record comes as its BadRecord.
+
+    Raises:
+        DataError: the file cannot be read, from here on.
+    """
+    part = Part(part, "") if isinstance(part, Path) else part
+    try:
+        yield from READERS[kind_of(part.path)](part)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise DataError(f"cannot be read ({reason})", str(part.path)) from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix.lower() == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _read_jsonl(part: Part) -> Iterator[Record]:
+    with _open(part.path) as stream:
+        if part.start:
+            stream.seek(part.start)
+        position = part.start
+        for number, raw in enumerate(stream, part.row):
+            position += len(raw)
+            place = f"{part.path}:{number}"
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if raw.strip():
+                yield place, _parse_object(raw, place)
+            if part.end is not None and position >= part.end:
+                return
+
+
+def _parse_object(raw: bytes, place: str) -> dict[str, Any] | BadRecord:
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRecord(f"is not UTF-8 text (byte {error.start} of the line)", place, "is this a binary file?")
+    except RecursionError:
+        return BadRecord("is nested too deeply", place)
+    except ValueError as error:
+        column = getattr(error, "colno", None)
+        reason = getattr(error, "msg", str(error))
+        return BadRecord(f"is not valid JSON: {reason}", f"{place}:{column}" if column else place)
+    if not isinstance(value, dict):
+        return BadRecord(f"is a JSON {type(value).__name__}, not an object", place, "one {...} object per line")
+    return value
+
+
+def _read_json(part: Part) -> Iterator[Record]:
+    """One list of objects, such a list under one name, or JSON Lines under the wrong ending."""
+    path = part.path
+    with _open(path) as stream:
+        raw = stream.read()
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"is not UTF-8 text (byte {error.start})", str(path), "is this a binary file?") from None
+    except RecursionError:
+        raise DataError("is nested too deeply", str(path)) from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            yield from _read_jsonl(part)
+            return
+        if not raw.strip():
+            return
+        raise DataError(f"is not valid JSON: {error.msg}", f"{path}:{error.lineno}:{error.colno}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"is not valid JSON: {error}", str(path)) from None
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list)]
+        value = lists[0] if len(value) == 1 and lists else value
+    if not isinstance(value, list):
+        raise DataError("is no list of rows", str(path), "a .json file holds one list of objects")
+    for number, record in enumerate(value, 1):
+        place = f"{path}[{number}]"
+        if isinstance(record, dict):
+            yield place, record
+        else:
+            yield place, BadRecord(f"is a JSON {type(record).__name__}, not an object", place)
+
+
+def _read_csv(part: Part) -> Iterator[Record]:
+    path = part.path
+    csv.field_size_limit(1 << 30)  # the library's 128 KiB is shorter than a contract
+    delimiter = "\t" if kind_of(path) == ".tsv" else ","
+    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+        try:
+            for record in reader:
+                place = f"{path}:{reader.line_num}"
+                if None in record or None in record.values():
+                    wanted = len(reader.fieldnames or ())
+                    message = f"has not the {wanted} columns of the header"
+                    yield place, BadRecord(message, place, "quote texts with commas")
+                else:
+                    yield place, record
+        except UnicodeDecodeError as error:
+            raise DataError(f"is not UTF-8 text (byte {error.start})", str(path), "is this a binary file?") from None
+        except csv.Error as error:
+            raise DataError(f"is not valid CSV: {error}", f"{path}:{reader.line_num}") from None
+
+
+def _read_parquet(part: Part) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    number = part.row
+    try:
+        file = pq.ParquetFile(part.path)
+        groups = range(part.start, file.num_row_groups if part.end is None else part.end)
+        for batch in file.iter_batches(1024, row_groups=groups):
+            for record in batch.to_pylist():
+                yield f"{part.path}[{number}]", record
+                number += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _broken("Parquet", error, part.path) from None
+
+
+def _broken(what: str, error: Exception, path: Path) -> DataError:
+    return DataError(f"is not valid {what}: {(str(error).splitlines() or [''])[0]}", str(path))
+
+
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
