@@ -1,7 +1,8 @@
 """The recipe: what a run is asked to do, as frozen pydantic models. Unknown keys are errors.
 
-This module is the only list of recipe fields; the reference page and the JSON Schema are generated from it. It
-imports neither torch nor transformers, so that a recipe is checked in milliseconds.
+This module, with the data section in schema_data.py, is the only list of recipe fields; the reference page and the
+JSON Schema are generated from it. It imports neither torch nor transformers, so that a recipe is checked in
+milliseconds.
 """
 
 from __future__ import annotations
@@ -10,40 +11,11 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    StringConstraints,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from recipes.refs import Ref, parse_ref
-
-# YAML already has types; a quoted "2" is a string and stays one.
-Int = Annotated[int, Strict()]
-Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-Bool = Annotated[bool, Strict()]
-Text = Annotated[str, Strict(), StringConstraints(min_length=1)]
-Count = Annotated[Int, Field(ge=1)]
-Fraction = Annotated[Float, Field(gt=0, lt=1)]
-
-
-def _check_ref(text: str) -> str:
-    parse_ref(text)
-    return text
-
-
-ModelRefText = Annotated[Text, AfterValidator(_check_ref)]
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+from recipes.schema_data import Data
+from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Section, Text
 
 
 class Use(Section):
@@ -166,83 +138,6 @@ class Adapter(Section):
     def _names(cls, value: Any) -> Any:
         if isinstance(value, str) and value != "all-linear":
             raise ValueError(f"one target is a list too: [{value}]; or write all-linear")
-        return value
-
-
-class Source(Section):
-    """One source of rows: exactly one of `path`, `hub`, `embedded`."""
-
-    path: Text | None = Field(None, description="a .jsonl, .json, .csv or .parquet file, or a folder of them")
-    hub: Text | None = Field(None, description="org/name@revision of a dataset on the hub")
-    embedded: Text | None = Field(None, description="a data set shipped with Retort")
-    split: Text | None = Field(None, description="hub and embedded: which split")
-    license: Text | None = Field(None, description="SPDX id under which the rows may be used")
-    generated_by: Text | None = Field(None, description="the model that wrote the rows, where no column says so")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
-        "auto", description="the shape of the rows; auto recognises it from the columns"
-    )
-    columns: dict[Literal["system", "prompt", "completion", "text", "messages", "reasoning"], Text] | None = Field(
-        None,
-        description="where the parts of a row are: a column, a dotted path (row.text), or a text with {column} places",
-    )
-    limit: Count | None = Field(None, description="take only the first rows")
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        given = [n for n in ("path", "hub", "embedded") if getattr(self, n) is not None]
-        if len(given) != 1:
-            raise ValueError(f"a source needs exactly one of path, hub, embedded; it has {given or 'none'}")
-        if self.hub is not None and parse_ref(self.hub).kind != "hub":
-            raise ValueError(f"'{self.hub}' is no hub reference; write org/name@revision, or use path")
-        if self.embedded is not None:
-            parse_ref(f"embedded:{self.embedded}")
-        if self.path is not None and self.split is not None:
-            raise ValueError("split has no meaning for a path; name the file of the split")
-        if self.columns is not None and "text" in self.columns and len(self.columns) > 1:
-            raise ValueError("columns name either text or the parts of a chat, not both")
-        if self.columns is not None and self.format in {"sharegpt", "alpaca"}:
-            raise ValueError(f"columns have no meaning for format {self.format}; leave one of the two out")
-        return self
-
-    @property
-    def ref(self) -> Ref:
-        if self.path is not None:
-            return Ref("local", self.path)
-        return parse_ref(self.hub) if self.hub is not None else Ref("embedded", str(self.embedded))
-
-    def __str__(self) -> str:
-        return f"{self.ref}:{self.split}" if self.split else str(self.ref)
-
-
-class Holdout(Section):
-    """Rows held out of the training sources."""
-
-    fraction: Fraction = Field(description="share of the rows (of the groups, where rows have a `group` column)")
-
-
-class Data(Section):
-    """Which rows, and what of them is trained."""
-
-    train: Annotated[tuple[Source, ...], Field(min_length=1)] = Field(description="training sources, in order")
-    eval: Holdout | Annotated[tuple[Source, ...], Field(min_length=1)] | None = Field(
-        None, description="held-out sources, or {fraction: f} of the training rows; null: nothing is measured"
-    )
-    steps: tuple[Literal["exact_dedup"], ...] = Field((), description="preparation steps, in order")
-    train_on: Literal["all", "last"] = Field("all", description="every assistant turn, or only the last one of a row")
-    too_long: Literal["stop", "drop", "truncate"] = Field(
-        "drop", description="rows over train.seq_len: stop the run, drop the row (counted), or cut its end"
-    )
-    on_bad_row: Literal["stop", "drop"] = Field(
-        "stop", description="a row that cannot be read: stop, or drop it (counted)"
-    )
-
-    @field_validator("eval", mode="before")
-    @classmethod
-    def _a_list(cls, value: Any) -> Any:
-        if isinstance(value, dict) and {"path", "hub", "embedded"} & value.keys():
-            raise ValueError("held-out sources are a list: write - before the source")
-        if value == [] or value == ():
-            raise ValueError("an empty list holds nothing out; write null, or {fraction: 0.05}")
         return value
 
 
@@ -371,6 +266,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
+        if self.data.requests and self.teacher is None:
+            raise ValueError("data.requests are made for a teacher: name one (teacher: {model: ...})")
         if self.adapter is None and self.model.quantization != "none":
             raise ValueError(
                 "a quantised base cannot be trained whole: set model.quantization to none, or give an adapter"

@@ -25,7 +25,8 @@ from recipes.evidence import (
 )
 from recipes.papers import hub_data, hub_model, local_data, local_model
 from recipes.refs import EMBEDDED, Ref, require_model_folder
-from recipes.schema import Recipe, Source
+from recipes.schema import Recipe
+from recipes.schema_data import Source
 
 
 def recipe_assets(recipe: Recipe, columns: bool = True) -> tuple[Asset, ...]:
@@ -52,7 +53,8 @@ def _recipe_assets(recipe: Recipe, columns: bool) -> Iterator[Asset]:
         yield asset_named(recipe.teacher.model, "teacher", recipe.teacher.license)
     for source in recipe.data.train:
         yield _source(source, "data", columns)
-    for source in recipe.data.eval if isinstance(recipe.data.eval, tuple) else ():
+    held_out = recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
+    for source in (*held_out, *recipe.data.benchmarks):
         yield _source(source, "eval", columns)
 
 
