@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
-from data_prep.readers import BadRecord
-from recipes.lineage import canonical_json, sha256_json
-from recipes.schema import Source
+from data_prep.pairs import preference
+from data_prep.rows import Message, Row
+from recipes.lineage import canonical_json
+from recipes.schema_data import Source
+from recipes.tables import BadRecord
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -20,45 +22,13 @@ SHAREGPT_ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function_response": "tool",
 }
 MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One training or evaluation row.
-
-    Attributes:
-        source: where it was read (`file:line`).
-        messages: chat messages in the OpenAI/TRL convention; empty for a text row.
-        text: plain text of a text row, else None.
-        tools: tool definitions offered to the model, or None.
-        extra: the record's other columns (labels, group, teacher, ...), kept as they are.
-    """
-
-    source: str
-    messages: tuple[dict[str, Any], ...] = ()
-    text: str | None = None
-    tools: tuple[dict[str, Any], ...] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def id(self) -> str:
-        """Content hash: equal rows have equal ids, whichever file they came from."""
-        return sha256_json([self.messages, self.text, self.tools])[:16]
-
-    @property
-    def group(self) -> str:
-        """Rows of one group never straddle a split, and are resampled together."""
-        group = self.extra.get("group")
-        return self.id if group is None else str(group)
-
-    @property
-    def reference(self) -> str:
-        """The answer that a model is measured against: the last assistant turn."""
-        return str(self.messages[-1].get("content") or "") if self.messages else ""
+REASONING_NAMES = ("reasoning", "thinking")  # other names of reasoning_content
 
 
 def to_row(record: dict[str, Any], place: str, source: Source) -> Row:
@@ -71,6 +41,9 @@ def to_row(record: dict[str, Any], place: str, source: Source) -> Row:
         row = _mapped(record, place, source.columns)
     else:
         row = SHAPES[source.format if source.format != "auto" else _recognise(record, place)](record, place)
+    group = _lookup(record, source.group, place) if source.group is not None else record.get("group")
+    if group is not None:
+        row = replace(row, grouped=str(group))
     try:
         _ = row.id
         canonical_json(row.extra).encode()
@@ -81,6 +54,11 @@ def to_row(record: dict[str, Any], place: str, source: Source) -> Row:
 
 def _recognise(record: dict[str, Any], place: str) -> str:
     keys = {k for k, v in record.items() if v is not None}
+    if {"chosen", "rejected"} <= keys:
+        return "preference"
+    answered = "messages" in keys or "conversations" in keys or {"prompt", "completion"} <= keys
+    if answered and (isinstance(record.get("label"), bool) or isinstance(record.get("kto_tag"), bool)):
+        return "labelled"
     if "messages" in keys:
         return "messages"
     if "conversations" in keys:
@@ -89,61 +67,134 @@ def _recognise(record: dict[str, Any], place: str) -> str:
         return "prompt_completion"
     if {"instruction", "output"} <= keys:
         return "alpaca"
-    if "text" in keys and len(keys & {"question", "answer", "label", "chosen", "rejected"}) == 0:
+    if "text" in keys and len(keys & {"question", "answer", "label"}) == 0:
         return "text"
     names = ", ".join(sorted(map(str, record))[:8]) or "none"
-    for question, answer in (("question", "answer"), ("question", "response"), ("input", "output"), ("text", "label")):
+    pairs = (("question", "answer"), ("question", "response"), ("instruction", "response"), ("prompt", "response"))
+    for question, answer in (*pairs, ("input", "output"), ("text", "label")):
         if {question, answer} <= keys:
             remedy = f"map them: columns: {{prompt: {question}, completion: {answer}}}"
             raise BadRecord(f"the columns ({names}) have no shape that is known for sure", place, remedy)
+    if "prompt" in keys:
+        return "prompt"
     raise BadRecord(f"the columns ({names}) have no known shape", place, "give the source format: or columns:")
 
 
-def _messages(record: dict[str, Any], place: str) -> Row:
-    raw = record.get("messages")
+def _messages(record: dict[str, Any], place: str, name: str = "messages") -> Row:
+    messages = _message_list(record.get(name), place, name)
+    return _chat(messages, place, _rest(record, name, "tools"), _tools(record.get("tools"), place))
+
+
+def _message_list(raw: Any, place: str, name: str) -> tuple[Message, ...]:
+    if isinstance(raw, str) and raw.lstrip().startswith("["):
+        raw = _from_json(raw, name, place)  # CSV cells, and tables that hold free-form parts as JSON
+    if isinstance(raw, dict):
+        raw = [raw]
     if not isinstance(raw, list) or not raw:
-        raise BadRecord("'messages' must be a list with at least one message", place)
-    messages = tuple(_message(m, f"message {i}", place) for i, m in enumerate(raw, 1))
-    tools = record.get("tools") or None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        raise BadRecord(f"'{name}' must be a list with at least one message", place)
+    if all(isinstance(turn, dict) and "from" in turn for turn in raw):
+        return tuple(_turn(turn, i, place) for i, turn in enumerate(raw, 1))
+    return tuple(_message(m, f"message {i}", place) for i, m in enumerate(raw, 1))
+
+
+def _from_json(text: str, name: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadRecord(f"'{name}' is a text that is no JSON", place) from None
+
+
+def _tools(raw: Any, place: str) -> tuple[dict[str, Any], ...] | None:
+    if isinstance(raw, str):
+        raw = _from_json(raw, "tools", place) if raw.strip() else None
+    if not raw:
+        return None
+    if not (isinstance(raw, list) and all(isinstance(t, dict) for t in raw)):
         raise BadRecord("'tools' must be a list of objects", place)
-    return _chat(messages, place, _rest(record, "messages", "tools"), tuple(tools) if tools else None)
+    return tuple(raw)
 
 
-def _message(raw: Any, where: str, place: str) -> dict[str, Any]:
+def _message(raw: Any, where: str, place: str) -> Message:
     if not isinstance(raw, dict):
         raise BadRecord(f"{where} is no object with role and content", place)
     role = raw.get("role")
     if role not in ROLES:
         raise BadRecord(f"{where} has the role {role!r}", place, f"roles are {', '.join(ROLES)}")
     message = {k: raw[k] for k in MESSAGE_KEYS if raw.get(k) is not None}
+    for name in REASONING_NAMES:
+        if raw.get(name) is not None and "reasoning_content" not in message:
+            message["reasoning_content"] = raw[name]
+    if isinstance(message.get("content"), list):
+        message |= _joined(message["content"], where, place)
     content = message.get("content")
     if content is None:
         if not (role == "assistant" and message.get("tool_calls")):
             raise BadRecord(f"{where} ({role}) has no content", place)
         message["content"] = ""
-    elif isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        message["content"] = "".join(part["text"] for part in content)
     elif not isinstance(content, str):
         raise BadRecord(f"{where} ({role}) has {type(content).__name__} content", place, "content must be a text")
     if not isinstance(message.get("reasoning_content", ""), str):
         raise BadRecord(f"{where}: reasoning_content must be a text", place)
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], where, place)
     return message
+
+
+def _joined(parts: list[Any], where: str, place: str) -> Message:
+    """The parts of a content list: texts joined, reasoning and tool calls apart."""
+    found: dict[str, list[Any]] = {"text": [], "reasoning": [], "tool_call": []}
+    for part in parts:
+        value = part.get("text", part.get("value")) if isinstance(part, dict) else None
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        kind = "reasoning" if kind == "thinking" else kind
+        if not isinstance(value, str) or kind not in found:
+            raise BadRecord(f"{where} has a part of kind {kind!r}", place, "only texts can be trained on")
+        found[kind].append(_from_json(value, where, place) if kind == "tool_call" else value)
+    joined: Message = {"content": "".join(found["text"])}
+    if found["reasoning"]:
+        joined["reasoning_content"] = "".join(found["reasoning"])
+    return {**joined, "tool_calls": found["tool_call"]} if found["tool_call"] else joined
+
+
+def _calls(raw: Any, where: str, place: str) -> list[dict[str, Any]]:
+    """Tool calls as chat templates want them: `{type, function: {name, arguments}}`, arguments as an object."""
+    if not isinstance(raw, list) or not all(isinstance(c, dict) for c in raw):
+        raise BadRecord(f"{where}: tool_calls must be a list of objects", place)
+    calls = []
+    for call in raw:
+        inner = call.get("function") if isinstance(call.get("function"), dict) else call
+        name, arguments = inner.get("name"), inner.get("arguments", {})
+        if not isinstance(name, str) or not name:
+            raise BadRecord(f"{where}: a tool call has no name", place)
+        if isinstance(arguments, str):
+            arguments = _from_json(arguments, "arguments", place) if arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            raise BadRecord(f"{where}: the arguments of '{name}' are no object", place)
+        made: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        calls.append({**made, "id": call["id"]} if isinstance(call.get("id"), str) else made)
+    return calls
 
 
 def _sharegpt(record: dict[str, Any], place: str) -> Row:
     raw = record.get("conversations")
     if not isinstance(raw, list) or not raw or not all(isinstance(t, dict) for t in raw):
         raise BadRecord("'conversations' must be a list of {from, value} objects", place)
-    messages = []
-    for i, turn in enumerate(raw, 1):
-        speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if speaker not in SHAREGPT_ROLES:
-            raise BadRecord(f"turn {i} is from {speaker!r}", place, f"known are {', '.join(SHAREGPT_ROLES)}")
-        messages.append(_message({"role": SHAREGPT_ROLES[speaker], "content": value}, f"turn {i}", place))
+    messages = [_turn(turn, i, place) for i, turn in enumerate(raw, 1)]
     if isinstance(record.get("system"), str) and record["system"] and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": record["system"]})
-    return _chat(tuple(messages), place, _rest(record, "conversations", "system"))
+    tools = _tools(record.get("tools"), place)
+    return _chat(tuple(messages), place, _rest(record, "conversations", "system", "tools"), tools)
+
+
+def _turn(turn: dict[str, Any], number: int, place: str) -> Message:
+    speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if speaker not in SHAREGPT_ROLES:
+        raise BadRecord(f"turn {number} is from {speaker!r}", place, f"known are {', '.join(SHAREGPT_ROLES)}")
+    message = {"role": SHAREGPT_ROLES[speaker], "content": value}
+    if speaker == "function_call":
+        calls = _from_json(value, f"turn {number}", place) if isinstance(value, str) else value
+        message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return _message(message, f"turn {number}", place)
 
 
 def _alpaca(record: dict[str, Any], place: str) -> Row:
@@ -160,6 +211,43 @@ def _prompt_completion(record: dict[str, Any], place: str) -> Row:
     return _turns(_text(record, "prompt", place), _text(record, "completion", place), place, rest)
 
 
+def _prompt(record: dict[str, Any], place: str) -> Row:
+    """A prompt whose answer is to be written: by a teacher, or by the model under a reward."""
+    if isinstance(record.get("prompt"), str):
+        messages: tuple[Message, ...] = ({"role": "user", "content": _text(record, "prompt", place)},)
+    else:
+        messages = _message_list(record.get("prompt"), place, "prompt")
+    if messages[-1]["role"] not in {"user", "tool"}:
+        raise BadRecord(f"the prompt ends with a {messages[-1]['role']} turn", place, "it must end with the user's")
+    return Row(place, messages, tools=_tools(record.get("tools"), place), extra=_rest(record, "prompt", "tools"))
+
+
+def _labelled(record: dict[str, Any], place: str) -> Row:
+    """A chat whose last answer is labelled good or bad (KTO)."""
+    name = "label" if "label" in record else "kto_tag"
+    label = record.get(name)
+    if not isinstance(label, bool):
+        raise BadRecord(f"'{name}' must be true or false, not {label!r}", place)
+    rest = {k: v for k, v in record.items() if k != name}
+    shape = "messages" if "messages" in rest else "sharegpt" if "conversations" in rest else "prompt_completion"
+    return replace(SHAPES[shape](rest, place), label=label)
+
+
+def _preference(record: dict[str, Any], place: str) -> Row:
+    prompt, chosen, rejected = preference(record, place, _message_list)
+    used = ("prompt", "messages", "conversations", "chosen", "rejected", "system", "tools")
+    if isinstance(record.get("system"), str) and record["system"] and prompt[0]["role"] != "system":
+        prompt = ({"role": "system", "content": record["system"]}, *prompt)
+    return Row(
+        place,
+        prompt,
+        tools=_tools(record.get("tools"), place),
+        chosen=chosen,
+        rejected=rejected,
+        extra=_rest(record, *used),
+    )
+
+
 def _plain_text(record: dict[str, Any], place: str) -> Row:
     return Row(place, text=_text(record, "text", place), extra=_rest(record, "text"))
 
@@ -169,6 +257,9 @@ SHAPES = {
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
+    "preference": _preference,
+    "labelled": _labelled,
+    "prompt": _prompt,
     "text": _plain_text,
 }
 
@@ -176,19 +267,36 @@ SHAPES = {
 def _mapped(record: dict[str, Any], place: str, columns: Mapping[Any, str]) -> Row:
     if "text" in columns:
         return Row(place, text=_filled(record, columns["text"], place), extra=record)
+    named = {name: _lookup(record, columns[name], place) for name in ("messages", "tools", "label") if name in columns}
+    if "chosen" in columns or "rejected" in columns:
+        if missing := {"chosen", "rejected"} - columns.keys():
+            raise BadRecord(f"the recipe's columns lack {missing.pop()}", place)
+        named |= {name: _lookup(record, columns[name], place) for name in ("chosen", "rejected")}
+        if "prompt" in columns:
+            named["prompt"] = _filled(record, columns["prompt"], place)
+        return replace(_preference({**record, **named}, place), extra=record)
     if "messages" in columns:
-        return _messages({**record, "messages": _lookup(record, columns["messages"], place)}, place)
+        row = _messages({**record, **named}, place)
+    else:
+        row = _mapped_turns(record, place, columns, _tools(named.get("tools"), place))
+    if "label" in columns:
+        if not isinstance(named["label"], bool):
+            raise BadRecord(f"'{columns['label']}' must be true or false, not {named['label']!r}", place)
+        row = replace(row, label=named["label"])
+    return row
+
+
+def _mapped_turns(record: dict[str, Any], place: str, columns: Mapping[Any, str], tools: Any) -> Row:
     missing = {"prompt", "completion"} - columns.keys()
     if missing:
         raise BadRecord(f"the recipe's columns lack {' and '.join(sorted(missing))}", place)
     prompt, completion = (_filled(record, columns[k], place) for k in ("prompt", "completion"))
-    row = _turns(prompt, completion, place, record)
-    messages = list(row.messages)
+    messages = list(_turns(prompt, completion, place, record).messages)
     if "reasoning" in columns:
         messages[-1] = {**messages[-1], "reasoning_content": _filled(record, columns["reasoning"], place)}
     if "system" in columns:
         messages.insert(0, {"role": "system", "content": _filled(record, columns["system"], place)})
-    return Row(place, tuple(messages), extra=row.extra)
+    return Row(place, tuple(messages), tools=tools, extra=record)
 
 
 def _filled(record: dict[str, Any], pattern: str, place: str) -> str:
@@ -240,16 +348,3 @@ def _chat(messages: tuple[dict[str, Any], ...], place: str, extra: dict[str, Any
 
 def _rest(record: dict[str, Any], *used: str) -> dict[str, Any]:
     return {k: v for k, v in record.items() if k not in used and v is not None}
-
-
-def encode(row: Row) -> dict[str, Any]:
-    """Parquet columns of a row. Free-form parts are JSON texts: Arrow has no type for "any value"."""
-    return {
-        "_id": row.id,
-        "_source": row.source,
-        "_group": row.group,
-        "messages": canonical_json(row.messages) if row.messages else None,
-        "text": row.text,
-        "tools": canonical_json(row.tools) if row.tools else None,
-        "extra": canonical_json(row.extra) if row.extra else None,
-    }

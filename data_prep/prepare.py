@@ -1,24 +1,28 @@
-"""The prepare stage: sources -> rows -> steps -> split -> token ids with a loss mask -> Parquet with a manifest."""
+"""The prepare stage: sources -> rows -> steps -> split -> token ids with a loss mask -> Parquet shards with a manifest.
+
+Two passes over the pieces of the sources, side by side in processes: read_pass.py makes rows and their sketches,
+decide.py looks at all of them together, mask_pass.py tokenises what is left. Both passes keep finished work in a cache.
+"""
 
 from __future__ import annotations
 
-import bisect
-import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.formats import Row, encode, to_row
-from data_prep.masks import Masked, mask_chat, mask_text
-from data_prep.readers import BadRecord, read_source, source_files
-from data_prep.steps import STEPS, Verdicts, holdout, not_in
+from data_prep import assemble
+from data_prep.cache import cache_folder, entry, entry_key, make_entry, run_jobs, sweep, workers
+from data_prep.decide import EVAL, TRAIN, Decided, decide
+from data_prep.mask_pass import MaskJob, Part, mask_block, texts_of
+from data_prep.read_pass import Block, ReadJob, Role, read_block
+from data_prep.readers import Scan, scan
+from data_prep.rows import decode
 from data_prep.tokens import Tokenizer, load_tokenizer
-from recipes.authors import MODEL_COLUMNS, WRITTEN_BY
-from recipes.errors import DataError, GateError, RetortError
+from recipes.errors import DataError, GateError
 from recipes.evidence import to_record
 from recipes.gate import examine
 from recipes.lineage import (
@@ -26,22 +30,21 @@ from recipes.lineage import (
     code_state,
     packages,
     read_manifest,
-    sha256_file,
     sha256_json,
     sha256_path,
     verify,
     write_manifest,
 )
 from recipes.papers import cached
-from recipes.schema import Holdout, Recipe, Source
+from recipes.schema import Recipe
+from recipes.schema_data import Source
 from recipes.sources import changed_papers
-
-GENERATOR_COLUMNS = (*WRITTEN_BY, *MODEL_COLUMNS)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prepared data on disk: `train.parquet`, `eval.parquet` (where rows are held out), `dropped.jsonl`, manifest."""
+    """Prepared data on disk: shards of `train` and (where rows are held out) `eval`, `dropped.jsonl`,
+    `statistics.json`, manifest."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -54,23 +57,108 @@ class Prepared:
 
 
 @dataclass
-class _Sieve:
-    """Rows on their way: every one of them ends in the output or in `dropped`, with a reason."""
+class Work:
+    """A preparation under way. The methods are its stages in order; each finds in the cache what is finished.
 
-    rows_in: int = 0
-    dropped: list[dict[str, Any]] = field(default_factory=list)
-    generators: Counter[str] = field(default_factory=Counter)
+    Attributes:
+        scans: (role, number of the source in its role, what was found there), in the recipe's order.
+    """
 
-    def drop(self, source: str, reason: str, detail: str = "", row: Row | None = None) -> None:
-        self.dropped.append({"_id": row.id if row else None, "_source": source, "reason": reason, "detail": detail})
-        if row is not None:
-            self.dropped[-1]["row"] = {k: v for k, v in encode(row).items() if v is not None and not k.startswith("_")}
+    recipe: Recipe
+    scans: list[tuple[Role, int, Scan]]
+    cache: Path
+    blocks: list[Block] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
 
-    def apply(self, rows: Sequence[Row], verdicts: Verdicts) -> list[Row]:
-        for row, reason in zip(rows, verdicts, strict=True):
-            if reason is not None:
-                self.drop(row.source, reason, row=row)
-        return [row for row, reason in zip(rows, verdicts, strict=True) if reason is None]
+    @property
+    def size(self) -> int:
+        return sum(piece.size for _, _, found in self.scans for piece in found.pieces)
+
+    def read_jobs(self) -> list[ReadJob]:
+        return [
+            ReadJob(piece, role, self.recipe, self.cache) for role, _, found in self.scans for piece in found.pieces
+        ]
+
+    def read(self) -> None:
+        """Pass one.
+
+        Raises:
+            DataError: a row or file that cannot be read, a source without rows.
+        """
+        self.blocks = list(run_jobs(read_block, self.read_jobs(), workers(self.size), "reading"))
+        self.sources = [number for _, number, found in self.scans for _ in found.pieces]
+        rows = iter(self.blocks)
+        for role, number, found in self.scans:
+            if not sum(next(rows).statistics["rows_in"] for _ in found.pieces):
+                remedy = "an empty file trains nothing; remove the source or fill it"
+                raise DataError("holds no rows", str(_sources(self.recipe, role)[number]), remedy)
+
+    def of(self, role: Role) -> list[Block]:
+        return [block for block in self.blocks if block.role == role]
+
+    def decide(self) -> Decided:
+        train, held_out = self.of("train"), self.of("eval")
+        return decide(self.recipe, train, held_out, self.sources[: len(train)])
+
+    def mask_jobs(self, decided: Decided, tokenizer: Tokenizer) -> list[MaskJob]:
+        index = self._index(decided)
+        blocks = [*self.of("train"), *self.of("eval")]
+        return [
+            MaskJob(block, decision, self.recipe, self.cache, tokenizer.fingerprint, index)
+            for block, decision in zip(blocks, decided.decisions, strict=True)
+        ]
+
+    def mask(self, decided: Decided, tokenizer: Tokenizer) -> list[Part]:
+        """Pass two."""
+        return list(run_jobs(mask_block, self.mask_jobs(decided, tokenizer), workers(self.size), "tokenising"))
+
+    def _index(self, decided: Decided) -> Path | None:
+        """The n-grams and sketches of all that training rows must not overlap with, as a cache entry."""
+        step = next((s.options for s in self.recipe.data.steps if s.name == "decontaminate"), None)
+        if step is None:
+            return None
+        from data_prep.decontaminate import Index, Item
+
+        chosen: list[tuple[Block, list[int] | None]] = [(block, None) for block in self.of("benchmark")]
+        if "eval" in step.against:
+            both = [*self.of("train"), *self.of("eval")]
+            for block, decision in zip(both, decided.decisions, strict=True):
+                kept = TRAIN if block.role == "eval" else EVAL
+                chosen.append((block, [n for n, code in enumerate(decision.codes.tolist()) if code == kept]))
+        decides = [[block.statistics["sha256"], rows] for block, rows in chosen if rows is None or rows]
+
+        def build(folder: Path) -> dict[str, Any]:
+            items = [Item(row.source, tuple(texts_of(row))) for block, rows in chosen for row in _rows_of(block, rows)]
+            index = Index.build(items, step.words, step.similarity)
+            index.save(folder)
+            return {"items": len(items), "ignored": index.ignored}
+
+        return make_entry(entry(self.cache, "index", entry_key(decides, step.words, step.similarity)), build)
+
+
+def _rows_of(block: Block, numbers: list[int] | None) -> Any:
+    import pyarrow.parquet as pq
+
+    if numbers == []:
+        return
+    wanted = None if numbers is None else set(numbers)
+    number = 0
+    for batch in pq.ParquetFile(block.folder / "rows.parquet").iter_batches(2048):
+        for columns in batch.to_pylist():
+            if wanted is None or number in wanted:
+                yield decode(columns)
+            number += 1
+
+
+def begin(recipe: Recipe, run_dir: Path) -> Work:
+    """Look the sources over. Reads every local file once.
+
+    Raises:
+        DataError: a source is missing or cannot be read.
+    """
+    roles: tuple[Role, ...] = ("train", "eval", "benchmark")
+    scans = [(role, n, scan(source)) for role in roles for n, source in enumerate(_sources(recipe, role))]
+    return Work(recipe, scans, cache_folder(run_dir))
 
 
 def data_dir(run_dir: Path) -> Path:
@@ -90,14 +178,15 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False) -> Prepared:
         GateError: an attestation was given for files that have changed since.
     """
     folder = data_dir(run_dir)
-    inputs = source_inputs(recipe)
+    work = begin(recipe, run_dir)
+    inputs = _inputs(recipe, work.scans)
     manifest = read_manifest(folder)
     if manifest is None and folder.is_dir() and any(folder.iterdir()):
         raise DataError("holds files that Retort did not write", str(folder), "choose another output")
     if manifest is not None and recipe.attest:
         _require_attested(recipe, manifest, inputs)
-    # A fresh preparation reads the rows before the tokenizer: a bad row is found before anything slow is imported.
-    sources = _read_all(recipe) if manifest is None else None
+    if manifest is None:  # rows are read before the tokenizer: a bad one is found before anything slow is imported
+        work.read()
     tokenizer = load_tokenizer(recipe.model)
     key = fingerprint(recipe, inputs, tokenizer)
     if manifest is not None and manifest.get("fingerprint") == key:
@@ -109,21 +198,28 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False) -> Prepared:
         return Prepared(folder, manifest, reused=True, tokenizer=tokenizer)
     if manifest is not None and keep:
         raise DataError("is the data of a run, and would change", str(folder), "choose another output")
-    sieve, train, held_out = sources or _read_all(recipe)
-    rows = _select(recipe, sieve, train, held_out)
-    masked = {name: _mask_all(recipe, part, tokenizer, sieve) for name, part in rows.items()}
-    if not masked["train"]:
-        reasons = dict(Counter(d["reason"] for d in sieve.dropped))
-        raise DataError(
-            f"no training row is left (dropped: {reasons})", str(folder), "look at train.seq_len and the sources"
-        )
-    if recipe.data.eval is not None and not masked["eval"]:
-        raise DataError("no held-out row is left", "data.eval", "look at train.seq_len, the steps and the sources")
+    if manifest is not None:
+        work.read()
+    decided = work.decide()
+    parts = work.mask(decided, tokenizer)
+    _require_rows(recipe, folder, work, parts)
     try:
-        content = _write(recipe, folder, masked, sieve, inputs, key, tokenizer)
+        content = _write(recipe, folder, work, decided, parts, inputs, key, tokenizer)
     except OSError as error:
         raise cannot_write(folder, error) from None
+    sweep(work.cache)
     return Prepared(folder, content, reused=False, tokenizer=tokenizer)
+
+
+def _require_rows(recipe: Recipe, folder: Path, work: Work, parts: Sequence[Part]) -> None:
+    kept = {name: sum(part.statistics["rows"][name] for part in parts) for name in ("train", "eval")}
+    requests = sum(part.statistics["requests"] for part in parts)
+    if not kept["train"] and not requests:
+        reasons = dict(assemble.dropped(work.blocks, parts))
+        remedy = "look at train.seq_len, the steps and the sources"
+        raise DataError(f"no training row is left (dropped: {reasons})", str(folder), remedy)
+    if recipe.data.eval is not None and not kept["eval"]:
+        raise DataError("no held-out row is left", "data.eval", "look at train.seq_len, the steps and the sources")
 
 
 def changed_inputs(recipe: Recipe, run_dir: Path) -> list[str]:
@@ -132,7 +228,8 @@ def changed_inputs(recipe: Recipe, run_dir: Path) -> list[str]:
     if manifest is None:
         return []
     before = {(i["role"], i["ref"]): i["sha256"] for i in manifest["inputs"]}
-    changed = [i["ref"] for i in source_inputs(recipe) if before.get((i["role"], i["ref"])) != i["sha256"]]
+    now = _inputs(recipe, begin(recipe, run_dir).scans)
+    changed = [i["ref"] for i in now if before.get((i["role"], i["ref"])) != i["sha256"]]
     return changed + _swapped(recipe, manifest)
 
 
@@ -172,22 +269,14 @@ def base_state(recipe: Recipe) -> dict[str, Any]:
     return {"ref": str(ref), "commit": folder.name if folder else None}
 
 
-def source_inputs(recipe: Recipe) -> list[dict[str, Any]]:
-    """What the data is made of: one entry per source with its hash. Reads every local file once.
-
-    Raises:
-        DataError: a source is missing.
-    """
+def _inputs(recipe: Recipe, scans: Sequence[tuple[Role, int, Scan]]) -> list[dict[str, Any]]:
+    """What the data is made of: one entry per source with its hash."""
     entries = []
-    for role, sources in (("data", recipe.data.train), ("eval", _eval_sources(recipe))):
-        for source in sources:
-            files = [] if source.hub is not None else source_files(source)
-            try:
-                digest = sha256_json([[f.name, sha256_file(f)] for f in files]) if files else None
-            except OSError as error:
-                raise DataError(f"cannot be read ({error.strerror})", str(source)) from None
-            licence = "CC0-1.0" if source.embedded is not None else source.license
-            entries.append({"role": role, "ref": str(source), "sha256": digest, "license": licence})
+    for role, number, found in scans:
+        source = _sources(recipe, role)[number]
+        licence = "CC0-1.0" if source.embedded is not None else source.license
+        kind = {"train": "data"}.get(role, role)
+        entries.append({"role": kind, "ref": str(source), "sha256": found.sha256, "license": licence})
     return entries
 
 
@@ -199,134 +288,23 @@ def fingerprint(recipe: Recipe, inputs: list[dict[str, Any]], tokenizer: Tokeniz
         recipe.train.seq_len,
         recipe.seed,
     ]
-    return sha256_json([1, asked, [(i["ref"], i["sha256"]) for i in inputs], tokenizer.fingerprint])
+    return sha256_json([2, asked, [(i["ref"], i["sha256"]) for i in inputs], tokenizer.fingerprint])
 
 
-def _eval_sources(recipe: Recipe) -> tuple[Source, ...]:
-    return recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
-
-
-def _read_all(recipe: Recipe) -> tuple[_Sieve, list[Row], list[Row]]:
-    sieve = _Sieve()
-    train = _read(recipe, recipe.data.train, sieve)
-    return sieve, train, _read(recipe, _eval_sources(recipe), sieve)
-
-
-def _read(recipe: Recipe, sources: Iterable[Source], sieve: _Sieve) -> list[Row]:
-    rows = []
-    for source in sources:
-        for place, record in read_source(source):
-            sieve.rows_in += 1
-            try:
-                if isinstance(record, BadRecord):
-                    raise record
-                row = to_row(record, place, source)
-                _fits_method(recipe, row)
-            except BadRecord as error:
-                if recipe.data.on_bad_row == "stop":
-                    raise
-                sieve.drop(place, "bad_row", error.message)
-                continue
-            sieve.generators.update(str(record[c]) for c in GENERATOR_COLUMNS if isinstance(record.get(c), str))
-            rows.append(row)
-    return rows
-
-
-def _fits_method(recipe: Recipe, row: Row) -> None:
-    if recipe.method.on == "assistant" and row.text is not None:
-        raise BadRecord(
-            "is plain text without an assistant turn", row.source, "set method.on: text to train on all of it"
-        )
-    if recipe.method.on == "text" and row.text is None:
-        raise BadRecord(
-            "is a chat, and method.on is text", row.source, "set method.on: assistant, or columns: {text: ...}"
-        )
-
-
-def _select(recipe: Recipe, sieve: _Sieve, train: list[Row], held_out: list[Row]) -> dict[str, list[Row]]:
-    for name in recipe.data.steps:
-        train = sieve.apply(train, STEPS[name](train))
-        held_out = sieve.apply(held_out, STEPS[name](held_out))
-    if isinstance(recipe.data.eval, Holdout):
-        train, held_out = holdout(train, recipe.data.eval.fraction, recipe.seed)
-        if not held_out:
-            raise DataError(
-                "too few rows to hold any out for evaluation", "data.eval", "give more rows, or data.eval: null"
-            )
-    train = sieve.apply(train, not_in(train, held_out))
-    return {"train": train, "eval": held_out}
-
-
-def _mask_all(recipe: Recipe, rows: list[Row], tokenizer: Tokenizer, sieve: _Sieve) -> list[tuple[Row, Masked, int]]:
-    """Mask every row. The third part is the number of tokens cut off its end."""
-    kept = []
-    for row in track(rows, "tokenising"):
-        try:
-            masked = mask_row(recipe, row, tokenizer)
-        except DataError as error:
-            if recipe.data.on_bad_row == "stop":
-                raise
-            sieve.drop(row.source, "no_exact_mask", error.message, row)
-            continue
-        over = len(masked.input_ids) - recipe.train.seq_len
-        if over > 0:
-            if recipe.data.too_long == "stop":
-                raise DataError(
-                    f"has {len(masked.input_ids)} tokens, more than train.seq_len {recipe.train.seq_len}",
-                    row.source,
-                    "raise train.seq_len, or set data.too_long to drop or truncate",
-                )
-            if recipe.data.too_long == "drop":
-                sieve.drop(row.source, "too_long", f"{len(masked.input_ids)} tokens", row)
-                continue
-            length = recipe.train.seq_len
-            masked = Masked(masked.input_ids[:length], masked.mask[:length], masked.text)
-            if not any(masked.mask):
-                sieve.drop(row.source, "no_trained_token_left", f"{over} tokens cut", row)
-                continue
-        kept.append((row, masked, max(over, 0)))
-    return kept
-
-
-def mask_row(recipe: Recipe, row: Row, tokenizer: Tokenizer) -> Masked:
-    """Token ids and loss mask of one row, as the recipe's method wants them.
-
-    Raises:
-        DataError: the mask cannot be derived exactly; the message names the row.
-    """
-    try:
-        if row.text is not None:
-            return mask_text(row.text, tokenizer.backend)
-        tools = list(row.tools) if row.tools else None
-        kwargs = dict(recipe.model.template_kwargs)
-        masked = mask_chat(
-            list(row.messages), tokenizer.backend, tools=tools, train_on=recipe.data.train_on, template_kwargs=kwargs
-        )
-        thought = row.messages[-1].get("reasoning_content")
-        if thought and thought.strip() not in masked.text:
-            raise DataError(
-                "the chat template leaves out the reasoning of the last turn", None, "drop it from the rows"
-            )
-        return masked
-    except DataError as error:
-        raise DataError(error.message, f"{row.source} (row {row.id})", error.remedy) from None
-
-
-def track(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """A progress bar on a terminal, nothing elsewhere and on the other ranks."""
-    from rich.console import Console
-    from rich.progress import track as bar
-
-    console = Console(stderr=True)
-    quiet = not console.is_terminal or len(items) < 500 or os.environ.get("RANK", "0") != "0"
-    return bar(items, what, console=console, disable=quiet, transient=True)
+def _sources(recipe: Recipe, role: Role) -> tuple[Source, ...]:
+    if role == "train":
+        return recipe.data.train
+    if role == "eval":
+        return recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
+    return recipe.data.benchmarks
 
 
 def _write(
     recipe: Recipe,
     folder: Path,
-    masked: dict[str, list[tuple[Row, Masked, int]]],
-    sieve: _Sieve,
+    work: Work,
+    decided: Decided,
+    parts: Sequence[Part],
     inputs: list[dict[str, Any]],
     key: str,
     tokenizer: Tokenizer,
@@ -334,12 +312,9 @@ def _write(
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    for name, part in masked.items():
-        if part:
-            _write_parquet(fresh / f"{name}.parquet", part)
-    lines = (json.dumps(d, ensure_ascii=False) for d in sieve.dropped)
-    (fresh / "dropped.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    counts = assemble.write(fresh, work.blocks, parts, decided, recipe.train.seq_len)
     verdict, assets = examine(recipe)
+    generators = sum((Counter(b.statistics["generators"]) for b in work.blocks if b.role != "benchmark"), Counter())
     content = {
         "kind": "data",
         "fingerprint": key,
@@ -351,73 +326,11 @@ def _write(
         "verdict": verdict.as_dict(),
         "lineage": [to_record(asset) for asset in assets],
         "base": base_state(recipe),
-        "counts": _counts(masked, sieve, recipe.train.seq_len),
-        "generators": dict(sieve.generators),
+        "counts": counts,
+        "generators": dict(generators),
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "notes": list(tokenizer.notes)},
     }
     manifest = write_manifest(fresh, content)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(fresh, folder)
     return manifest
-
-
-def _write_parquet(path: Path, part: list[tuple[Row, Masked, int]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    texts = ["_id", "_source", "_group", "messages", "text", "tools", "extra"]
-    columns: dict[str, Any] = {name: pa.array([encode(r)[name] for r, _, _ in part], pa.string()) for name in texts}
-    columns["input_ids"] = pa.array([m.input_ids for _, m, _ in part], pa.list_(pa.int32()))
-    columns["loss_mask"] = pa.array([m.mask for _, m, _ in part], pa.list_(pa.bool_()))
-    columns["cut_tokens"] = pa.array([cut for _, _, cut in part], pa.int32())
-    pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=10_000)
-
-
-def count_packs(lengths: Iterable[int], seq_len: int) -> int:
-    """How many sequences of `seq_len` tokens best-fit-decreasing packing makes of rows; no row is cut."""
-    room: list[int] = []  # left in the open packs, ascending
-    packs = 0
-    for length in sorted(lengths, reverse=True):
-        place = bisect.bisect_left(room, length)
-        packs += place == len(room)
-        left = (room.pop(place) if place < len(room) else seq_len) - length
-        if left:
-            bisect.insort(room, left)
-    return packs
-
-
-def _counts(masked: dict[str, list[tuple[Row, Masked, int]]], sieve: _Sieve, seq_len: int) -> dict[str, Any]:
-    import numpy as np
-
-    lengths = {name: np.array([len(m.input_ids) for _, m, _ in part], dtype=np.int64) for name, part in masked.items()}
-    train = lengths["train"]
-    cuts = [cut for _, _, cut in masked["train"]]
-    p50, p90, p99 = (int(v) for v in np.percentile(train, [50, 90, 99]))
-    rows_out = sum(len(part) for part in masked.values())
-    if sieve.rows_in != rows_out + len(sieve.dropped):
-        raise RetortError(f"{sieve.rows_in} rows came in, {rows_out} + {len(sieve.dropped)} left: a row was lost")
-    return {
-        "rows_in": sieve.rows_in,
-        "rows_out": rows_out,
-        "dropped": dict(sorted(Counter(d["reason"] for d in sieve.dropped).items())),
-        "train_rows": len(train),
-        "eval_rows": len(lengths["eval"]),
-        "train_tokens": int(train.sum()),
-        "trained_tokens": int(sum(sum(m.mask) for _, m, _ in masked["train"])),
-        "eval_tokens": int(lengths["eval"].sum()),
-        "packs": count_packs(train.tolist(), seq_len),
-        "length": {"min": int(train.min()), "p50": p50, "p90": p90, "p99": p99, "max": int(train.max())},
-        "truncated_rows": sum(1 for c in cuts if c),
-        "lost_tokens": sum(cuts),
-    }
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a prepared Parquet file, with `messages`, `tools` and `extra` decoded from JSON."""
-    import pyarrow.parquet as pq
-
-    rows = pq.read_table(path).to_pylist()
-    for row in rows:
-        for name in ("messages", "tools", "extra"):
-            row[name] = json.loads(row[name]) if row[name] else None
-    return rows

@@ -1,30 +1,53 @@
-"""Files -> plain records with their place. Strict: what cannot be read is an error that names file and line."""
+"""Sources -> pieces -> records. A piece is a part of a source that is read alone, with a key over what decides it."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from recipes.errors import DataError
-from recipes.schema import Source
+from data_prep import documents
+from recipes.errors import DataError, RecipeError
+from recipes.lineage import sha256_file, sha256_json, sha256_path
+from recipes.schema_data import Passages, Source
+from recipes.tables import KINDS, Part, Record, kind_of, parts_of, records
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
+DATASET_ROWS = 20_000  # rows of a hub or saved dataset in one piece
+SMALL = 1 << 20  # bytes of small files that share a piece
 
 
-class BadRecord(DataError):
-    """One record of a file is broken; the records after it may be fine."""
+@dataclass(frozen=True)
+class Piece:
+    """Some consecutive records of one source.
+
+    Attributes:
+        key: hash over everything that decides the records and their places.
+        parts: parts of files; empty for a hub or saved dataset, whose rows [start, stop) are meant.
+        size: bytes of the files it reads, about.
+    """
+
+    source: Source
+    key: str
+    parts: tuple[Part, ...] = ()
+    start: int = 0
+    stop: int = 0
+    size: int = 0
 
 
-Record = tuple[str, dict[str, Any] | BadRecord]
+@dataclass(frozen=True)
+class Scan:
+    """A source looked over: its pieces in order, and the hash of its files (None for a hub dataset)."""
+
+    pieces: tuple[Piece, ...]
+    sha256: str | None
 
 
 def source_files(source: Source) -> list[Path]:
-    """The data files of a local or embedded source, sorted by name.
+    """The files of a local or embedded source, sorted by name; none for a saved dataset.
 
     Raises:
         DataError: nothing there, an unknown ending, or (embedded) an unknown split.
@@ -32,170 +55,162 @@ def source_files(source: Source) -> list[Path]:
     path = source.ref.path
     assert path is not None, "hub sources have no files here"
     if source.embedded is not None:
-        path = path / f"{source.split or 'train'}.jsonl"
-        if not path.is_file():
-            splits = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl")))
-            raise DataError(
-                f"embedded data '{source.embedded}' has no split '{source.split or 'train'}'",
-                None,
-                f"it has {splits}" if splits else "it holds no rows: embedded: legal and embedded: arithmetic do",
-            )
-        return [path]
+        return [_embedded_file(source, path)]
     if not path.exists():
         raise DataError("no such data file", str(path), f"looked in {path.absolute().parent}")
+    if is_saved_dataset(path):
+        return []
+    if source.split is not None:
+        raise RecipeError("split has no meaning for files", str(source), "name the file of the split")
+    wanted = documents.SUFFIXES if source.passages is not None else KINDS
     if not path.is_dir():
-        if _ending(path) not in SUFFIXES:
-            raise DataError(f"unknown ending '{path.suffix}'", str(path), f"use one of {', '.join(SUFFIXES)}")
+        if kind_of(path) not in KINDS and path.suffix.lower() not in documents.SUFFIXES:
+            known = ", ".join((*KINDS, *documents.SUFFIXES))
+            raise DataError(f"unknown ending '{path.suffix}'", str(path), f"use one of {known}")
+        if source.passages is not None and path.suffix.lower() not in wanted:
+            raise DataError("is no document, so it has no passages", str(path), "leave passages out")
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in SUFFIXES and p.name != "manifest.json")
+    found = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json")
+    rows = [p for p in found if kind_of(p) in wanted]
+    # Beside rows a README is no row; documents count where there is nothing else, or where passages are asked for.
+    files = rows or [p for p in found if p.suffix.lower() in documents.SUFFIXES]
     if not files:
-        raise DataError(f"the folder holds no {', '.join(SUFFIXES)} file", str(path))
+        known = ", ".join((*KINDS, *documents.SUFFIXES))
+        raise DataError(f"the folder holds no {known} file", str(path))
     return files
 
 
-def read_source(source: Source) -> Iterator[Record]:
-    """Yield `(place, record)` of every record of a source, in file order; a broken record comes as its BadRecord.
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `datasets`' save_to_disk."""
+    return path.is_dir() and any((path / name).is_file() for name in SAVED)
+
+
+def _embedded_file(source: Source, folder: Path) -> Path:
+    path = folder / f"{source.split or 'train'}.jsonl"
+    if not path.is_file():
+        splits = ", ".join(sorted(p.stem for p in folder.glob("*.jsonl")))
+        raise DataError(
+            f"embedded data '{source.embedded}' has no split '{source.split or 'train'}'",
+            None,
+            f"it has {splits}" if splits else "it holds no rows: embedded: legal and embedded: arithmetic do",
+        )
+    return path
+
+
+def scan(source: Source) -> Scan:
+    """Look a source over: hash its files and cut it into pieces. Reads every local file once.
 
     Raises:
-        DataError: a whole file cannot be read, or the source is empty.
+        DataError: a file is missing or cannot be read.
     """
-    count = 0
-    records = _hub_records(source) if source.hub is not None else _file_records(source)
-    for record in records:
-        if source.limit is not None and count >= source.limit:
-            return
-        count += 1
-        yield record
-    if not count:
-        raise DataError("holds no rows", str(source), "an empty file trains nothing; remove the source or fill it")
-
-
-def _ending(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-
-
-def _file_records(source: Source) -> Iterator[Record]:
-    for path in source_files(source):
-        reader = READERS[_ending(path)]
+    path = source.ref.path
+    if path is None or (source.path is not None and is_saved_dataset(path)):
+        return _scan_dataset(source, path)
+    pieces: list[Piece] = []
+    digests = []
+    parts: list[Part] = []
+    for file in source_files(source):
         try:
-            yield from reader(path)
+            if kind_of(file) in KINDS:
+                digest, found = parts_of(file)
+            else:
+                digest = sha256_file(file)
+                found = [Part(file, digest)]
         except OSError as error:
-            raise DataError(f"cannot be read ({error.strerror or error})", str(path)) from None
+            raise DataError(f"cannot be read ({error.strerror or error})", str(file)) from None
+        digests.append([file.name, digest])
+        parts += found
+    for group in [parts] if source.limit is not None else _grouped(parts):
+        if group:
+            pieces.append(_piece(source, group))
+    return Scan(tuple(pieces), sha256_json(digests))
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+def _grouped(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Small files share a piece. Where a group ends depends on the names in it alone, so that a new file among
+    thousands changes its own group and no other."""
+    group: list[Part] = []
+    size = 0
+    for part in parts:
+        group.append(part)
+        size += _bytes(part)
+        if size >= SMALL or hashlib.sha256(str(part.path).encode()).digest()[0] < 8:
+            yield group
+            group, size = [], 0
+    yield group
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    with _open(path) as stream:
-        for number, raw in enumerate(stream, 1):
-            place = f"{path}:{number}"
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.strip():
-                yield place, _parse_object(raw, place)
+def _bytes(part: Part) -> int:
+    return (part.end - part.start) if part.end and kind_of(part.path) != ".parquet" else part.path.stat().st_size
 
 
-def _parse_object(raw: bytes, place: str) -> dict[str, Any] | BadRecord:
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRecord(f"is not UTF-8 text (byte {error.start} of the line)", place, "is this a binary file?")
-    except RecursionError:
-        return BadRecord("is nested too deeply", place)
-    except ValueError as error:
-        column = getattr(error, "colno", None)
-        reason = getattr(error, "msg", str(error))
-        return BadRecord(f"is not valid JSON: {reason}", f"{place}:{column}" if column else place)
-    if not isinstance(value, dict):
-        return BadRecord(f"is a JSON {type(value).__name__}, not an object", place, "one {...} object per line")
-    return value
+def _piece(source: Source, parts: Sequence[Part]) -> Piece:
+    decides = [[str(p.path), p.digest, p.start, p.end, p.row] for p in parts]
+    return Piece(source, sha256_json([_asked(source), decides]), tuple(parts), size=sum(map(_bytes, parts)))
 
 
-def _read_json(path: Path) -> Iterator[Record]:
-    with _open(path) as stream:
-        raw = stream.read()
-    try:
-        value = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"is not UTF-8 text (byte {error.start})", str(path), "is this a binary file?") from None
-    except RecursionError:
-        raise DataError("is nested too deeply", str(path)) from None
-    except json.JSONDecodeError as error:
-        if not raw.strip():
-            return
-        place = f"{path}:{error.lineno}:{error.colno}"
-        hint = "one object per line is JSON Lines: name the file .jsonl" if error.msg == "Extra data" else None
-        raise DataError(f"is not valid JSON: {error.msg}", place, hint) from None
-    if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list)]
-        value = lists[0] if len(value) == 1 and lists else value
-    if not isinstance(value, list):
-        raise DataError("is no list of rows", str(path), "a .json file holds one list of objects")
-    for number, record in enumerate(value, 1):
-        place = f"{path}[{number}]"
-        if isinstance(record, dict):
-            yield place, record
-        else:
-            yield place, BadRecord(f"is a JSON {type(record).__name__}, not an object", place)
+def _asked(source: Source) -> dict[str, Any]:
+    """The source as the recipe writes it, without what decides nothing about its records."""
+    return source.model_dump(mode="json", exclude={"license", "generated_by", "weight"})
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(1 << 30)  # the library's 128 KiB is shorter than a contract
-    delimiter = "\t" if _ending(path) == ".tsv" else ","
-    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
-        try:
-            for record in reader:
-                place = f"{path}:{reader.line_num}"
-                if None in record or None in record.values():
-                    wanted = len(reader.fieldnames or ())
-                    yield (
-                        place,
-                        BadRecord(f"has not the {wanted} columns of the header", place, "quote texts with commas"),
-                    )
-                else:
-                    yield place, record
-        except UnicodeDecodeError as error:
-            raise DataError(f"is not UTF-8 text (byte {error.start})", str(path), "is this a binary file?") from None
-        except csv.Error as error:
-            raise DataError(f"is not valid CSV: {error}", f"{path}:{reader.line_num}") from None
+def _scan_dataset(source: Source, path: Path | None) -> Scan:
+    rows = _dataset(source)
+    digest = sha256_path(path) if path is not None else None
+    count = min(len(rows), source.limit or len(rows))
+    state = digest or str(rows._fingerprint)  # the library's own hash over a dataset's files and changes
+    pieces = []
+    for start in range(0, count, DATASET_ROWS):
+        stop = min(start + DATASET_ROWS, count)
+        key = sha256_json([_asked(source), state, start, stop])
+        pieces.append(Piece(source, key, start=start, stop=stop, size=(stop - start) * 1000))
+    return Scan(tuple(pieces), digest)
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
+def read_piece(piece: Piece) -> Iterator[Record]:
+    """Yield `(place, record)` of a piece, in order; a broken record comes as its BadRecord.
 
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}[{number}]", record
-    except pyarrow.ArrowException as error:
-        raise DataError(f"is not valid Parquet: {str(error).splitlines()[0]}", str(path)) from None
-
-
-READERS = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}
+    Raises:
+        DataError: a file cannot be read, from here on.
+    """
+    if not piece.parts:
+        rows = _dataset(piece.source).select(range(piece.start, piece.stop))
+        for number, record in enumerate(rows, piece.start + 1):
+            yield f"{piece.source}[{number}]", dict(record)
+        return
+    count = 0
+    for part in piece.parts:
+        is_document = kind_of(part.path) not in KINDS
+        for record in _passages(piece.source, part.path) if is_document else records(part):
+            if piece.source.limit is not None and count >= piece.source.limit:
+                return
+            count += 1
+            yield record
 
 
-def _hub_records(source: Source) -> Iterator[Record]:
+def _passages(source: Source, path: Path) -> Iterator[Record]:
+    """A passage as a record: its text, its document (which keeps it on one side of a split) and where it stands."""
+    cut = source.passages or Passages()
+    for passage in documents.read_passages(path, cut.characters, cut.overlap):
+        record = {"text": passage.text, "document": str(path), "position": passage.position, "group": str(path)}
+        yield f"{path}, {passage.position}", record
+
+
+@lru_cache(maxsize=4)
+def _dataset(source: Source) -> Any:
+    """A hub dataset, or one saved with save_to_disk, memory-mapped."""
     import datasets
 
-    ref = source.ref
-    split = source.split or "train"
     try:
-        rows = datasets.load_dataset(ref.name, revision=ref.revision, split=split)
+        if source.path is None:
+            ref, split = source.ref, source.split or "train"
+            return datasets.load_dataset(ref.name, source.subset, revision=ref.revision, split=split)
+        rows = datasets.load_from_disk(str(source.ref.path))
     except Exception as error:  # the library raises many kinds; each means the rows are not to be had
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"cannot be loaded: {reason}", str(source), "check name, revision, split and network") from None
-    for number, record in enumerate(rows, 1):
-        yield f"{source}[{number}]", dict(record)
+    if isinstance(rows, datasets.DatasetDict):
+        if source.split not in rows:
+            raise DataError(f"has no split '{source.split}'", str(source), f"it has {', '.join(rows)}")
+        rows = rows[source.split]
+    return rows

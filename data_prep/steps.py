@@ -1,49 +1,115 @@
-"""Preparation steps. A step looks at rows and keeps each one or drops it with a reason; it never changes the order."""
+"""Row steps: each looks at one row and keeps it, changes it, or drops it with a reason.
+
+A step is a pure function of its row and its options. It does not know where it runs, which row came before, or how many
+there are; steps that compare rows with each other are in decide.py.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from data_prep.formats import Row
-
-Verdicts = list[str | None]  # one per row: None keeps it, a text drops it for that reason
-
-
-def exact_dedup(rows: Sequence[Row]) -> Verdicts:
-    """Keep the first of equal rows."""
-    seen: set[str] = set()
-    verdicts: Verdicts = []
-    for row in rows:
-        verdicts.append("exact_duplicate" if row.id in seen else None)
-        seen.add(row.id)
-    return verdicts
+from data_prep.ngrams import words
+from data_prep.rows import Row
+from recipes.schema import Model
+from recipes.schema_data import Clean, Language, Length, Pii, Quality, Step
 
 
-def not_in(rows: Sequence[Row], held_out: Sequence[Row]) -> Verdicts:
-    """Drop training rows that stand word for word among the held-out ones."""
-    forbidden = {row.id for row in held_out}
-    return ["in_eval" if row.id in forbidden else None for row in rows]
+@dataclass(frozen=True)
+class Drop:
+    """Why a row is dropped: a word for the table, and the particulars for a person."""
+
+    reason: str
+    detail: str = ""
 
 
-STEPS = {"exact_dedup": exact_dedup}
+RowStep = Callable[[Row], Row | Drop]
+SHORT_ANSWER = 20  # words; shares of fewer say nothing
 
 
-def holdout(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split rows into (train, eval) by whole groups; a group's side depends on the seed and the group alone.
+def row_step(step: Step, model: Model) -> RowStep:
+    """The function of a step that looks at single rows.
 
-    Groups are ordered by a hash, and taken for evaluation until `fraction` of the rows is reached (at least one group,
-    and at least one is left for training).
+    Args:
+        model: whose tokenizer counts tokens.
     """
-    sizes: dict[str, int] = {}
-    for row in rows:
-        sizes[row.group] = sizes.get(row.group, 0) + 1
-    order = sorted(sizes, key=lambda g: hashlib.sha256(f"{seed}:{g}".encode()).digest())
-    chosen: set[str] = set()
-    taken = 0
-    for group in order[:-1]:
-        if chosen and taken + sizes[group] > fraction * len(rows):
-            break
-        chosen.add(group)
-        taken += sizes[group]
-    return [r for r in rows if r.group not in chosen], [r for r in rows if r.group in chosen]
+    return ROW_STEPS[step.name](step.options, model)
+
+
+def _clean(options: Clean, _: Model) -> RowStep:
+    from data_prep.clean import clean_text
+
+    def run(row: Row) -> Row | Drop:
+        cleaned = row.map_texts(lambda text: clean_text(text, options.html))
+        return cleaned if cleaned.whole.strip() else Drop("empty", "nothing is left after cleaning")
+
+    return run
+
+
+def _language(options: Language, _: Model) -> RowStep:
+    from data_prep.quality import language
+
+    def run(row: Row) -> Row | Drop:
+        found, probability = language(row.whole)
+        if found in options.keep and probability >= options.min_probability:
+            return row
+        return Drop("language", f"{found}, probability {probability:.2f}")
+
+    return run
+
+
+def _length(options: Length, model: Model) -> RowStep:
+    from data_prep.tokens import load_tokenizer
+
+    tokenizer = load_tokenizer(model).backend
+    low, high = options.min_tokens or 0, options.max_tokens or float("inf")
+
+    def run(row: Row) -> Row | Drop:
+        count = len(tokenizer(row.whole, add_special_tokens=False)["input_ids"])
+        return row if low <= count <= high else Drop("length", f"{count} tokens")
+
+    return run
+
+
+def _quality(options: Quality, _: Model) -> RowStep:
+    from data_prep.quality import DEFAULTS, faults
+
+    limits: dict[str, float | None] = {**DEFAULTS, **{str(name): limit for name, limit in options.rules.items()}}
+    rules = {name: limit for name, limit in limits.items() if limit is not None}
+
+    def run(row: Row) -> Row | Drop:
+        text = row.text if row.text is not None else row.whole if options.on == "row" else row.reference
+        if row.text is None and len(words(text)) < SHORT_ANSWER:
+            return row
+        found = faults(text, rules)
+        return Drop("quality", "; ".join(found)) if found else row
+
+    return run
+
+
+def _pii(options: Pii, _: Model) -> RowStep:
+    from data_prep.pii import DEFAULT, Masker, load_ner
+    from data_prep.tokens import fetch
+    from recipes.refs import parse_ref
+
+    entities = options.entities or DEFAULT
+    names = load_ner(fetch(parse_ref(options.names), True, "data.steps")) if options.names else None
+
+    def run(row: Row) -> Row | Drop:
+        masker = Masker(entities, options.regions, names)
+        masked = row.map_texts(masker.mask, inside_calls=True)
+        if options.action == "drop" and masker.counts:
+            return Drop("pii", ", ".join(f"{count} {entity}" for entity, count in sorted(masker.counts.items())))
+        return masked if masker.counts else row
+
+    return run
+
+
+ROW_STEPS: dict[str, Callable[[Any, Model], RowStep]] = {
+    "clean": _clean,
+    "language": _language,
+    "length": _length,
+    "quality": _quality,
+    "pii": _pii,
+}

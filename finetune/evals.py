@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data_prep.prepare import track
+from data_prep.progress import progress
 from data_prep.tokens import Tokenizer
 from finetune.stats import Answer, compare, is_exact
 from recipes.lineage import sha256_json, write_atomic
@@ -88,7 +88,7 @@ def _losses(model: Any, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, wh
     """Per row: sum of -log p over its trained tokens in nats (float32), and their number."""
     results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     batches = _batches([len(r["input_ids"]) for r in rows], _tokens_per_forward(model))
-    for batch in track(batches, f"loss ({what})"):
+    for batch in progress(batches, f"loss ({what})", len(batches)):
         ids, mask = _padded([rows[i]["input_ids"] for i in batch], tokenizer, model.device, left=False)
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
@@ -113,7 +113,7 @@ def _answers(
         near = [i for i in batch if len(prompts[i]) + wanted > limit]
         batches += [[i] for i in near]
         batches += [rest] if (rest := [i for i in batch if i not in near]) else []
-    for batch in track(batches, f"answers ({what})"):
+    for batch in progress(batches, f"answers ({what})", len(batches)):
         room = max(1, min(wanted, limit - max(len(prompts[i]) for i in batch)))
         ids, mask = _padded([prompts[i] for i in batch], tokenizer, model.device, left=True)
         output = model.generate(

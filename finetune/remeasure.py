@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from data_prep.prepare import prepare, read_rows
+from data_prep.assemble import read_rows
+from data_prep.prepare import prepare
 from finetune import evals, stages
 from finetune.layout import find_device
 from finetune.runs import changed_keys, load_run_recipe, say
@@ -32,7 +33,7 @@ def remeasure(recipe: Recipe) -> None:
     if wrong := [n for n in verify(folder) if n.startswith(("adapter/", "model/"))]:
         raise RecipeError(f"trained weights differ from the manifest ({', '.join(wrong)})", str(folder), "train again")
     prepared = prepare(recipe, folder, keep=True)
-    held_out = read_rows(prepared.folder / "eval.parquet") if prepared.counts["eval_rows"] else []
+    held_out = read_rows(prepared.folder, "eval")
     rows = evals.choose_rows(held_out, recipe)
     if not rows:
         raise RecipeError("there is nothing to measure on", "data.eval", "name held-out rows")

@@ -61,7 +61,8 @@ def run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> None:
 
 def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]) -> None:
     """Prepare, measure the base, train, measure the tuned model, report."""
-    from data_prep.prepare import prepare, read_rows
+    from data_prep.assemble import read_rows
+    from data_prep.prepare import prepare
     from data_prep.tokens import fetch
     from finetune.layout import find_device, model_facts, refuse_impossible
     from recipes.refs import require_model_folder
@@ -90,8 +91,8 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]
     say(*tokenizer.notes)
     stages.show_data(prepared)
     layout = stages.write_layout(recipe, device, prepared, folder)
-    rows = read_rows(prepared.folder / "train.parquet")
-    held_out = read_rows(prepared.folder / "eval.parquet") if prepared.counts["eval_rows"] else []
+    rows = read_rows(prepared.folder, "train")
+    held_out = read_rows(prepared.folder, "eval")
     measured = evals.choose_rows(held_out, recipe)
     stages.write_masks(folder, rows, tokenizer)
 

@@ -67,6 +67,11 @@ def prepare(
     recipe: RecipeArgument,
     set_: SetOption = None,
     show_masks: Annotated[int, typer.Option(help="print this many rows, the trained tokens coloured")] = 0,
+    executor: Annotated[str, typer.Option(help="local, or through datatrove: slurm, ray")] = "local",
+    tasks: Annotated[int, typer.Option(min=1, help="slurm and ray: tasks of a stage")] = 4,
+    partition: Annotated[str | None, typer.Option(help="slurm: where the tasks run")] = None,
+    time: Annotated[str, typer.Option(help="slurm: time limit of a task")] = "2:00:00",
+    memory: Annotated[int, typer.Option(min=1, help="slurm and ray: GB of a task")] = 4,
 ) -> None:
     """Read, check, split and tokenise the rows of a recipe."""
     from data_prep.prepare import prepare as prepare_rows
@@ -76,6 +81,11 @@ def prepare(
 
     loaded = load_recipe(recipe, set_ or ())
     check(loaded).require()
+    if executor != "local":
+        from scripts import cluster
+
+        print(cluster.submitted(loaded, executor, tasks, partition, time, memory))
+        return
     prepared = prepare_rows(loaded, loaded.run_dir, keep=(loaded.run_dir / STATE).is_file())
     show.data_table(prepared)
     if show_masks:

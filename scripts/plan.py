@@ -12,7 +12,8 @@ from recipes.errors import DataError, RecipeError, RetortError
 from recipes.gate import check
 from recipes.lineage import read_manifest
 from recipes.refs import require_model_folder
-from recipes.schema import Holdout, Recipe, Source
+from recipes.schema import Recipe
+from recipes.schema_data import Holdout, Source
 
 CHARACTERS_PER_TOKEN = 4.0  # of English text; only until the rows are prepared
 
@@ -75,7 +76,7 @@ def _data(recipe: Recipe) -> dict[str, Any]:
     )
     if same and manifest is not None:
         counts = manifest["counts"]
-        mean = counts["train_tokens"] / counts["train_rows"]
+        mean = counts["train_tokens"] / max(1, counts["train_rows"])
         return {"prepared": True, "sources": {k: v[0] for k, v in known.items()}, **counts, "mean_tokens": mean}
     train = counted[: len(recipe.data.train)]
     rows = None if any(r is None for r, _ in train) else sum(r for r, _ in train if r is not None)

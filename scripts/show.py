@@ -6,8 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_prep.assemble import read_rows
 from data_prep.masks import Masked, pieces
-from data_prep.prepare import Prepared, read_rows
+from data_prep.prepare import Prepared
 from data_prep.tokens import load_tokenizer
 from recipes.schema import Recipe
 
@@ -20,24 +21,30 @@ def data_table(prepared: Prepared) -> None:
     table.add_column("how many", justify="right")
     table.add_row("rows in", f"{counts['rows_in']:,}")
     for reason, number in counts["dropped"].items():
-        table.add_row(f"  dropped: {reason}", f"{number:,}")
+        table.add_row(f"  dropped: {reason}", f"{number:,} ({number / counts['rows_in']:.1%})")
+    table.add_row("rows out", f"{counts['rows_out']:,}")
     table.add_row("training rows", f"{counts['train_rows']:,}")
     table.add_row("held-out rows", f"{counts['eval_rows']:,}")
+    if counts["requests"]:
+        table.add_row("requests for the teacher", f"{counts['requests']:,}")
+    share = counts["trained_tokens"] / max(1, counts["train_tokens"])
     table.add_row("training tokens", f"{counts['train_tokens']:,}")
-    table.add_row(
-        "  in the loss", f"{counts['trained_tokens']:,} ({counts['trained_tokens'] / counts['train_tokens']:.1%})"
-    )
+    table.add_row("  in the loss", f"{counts['trained_tokens']:,} ({share:.1%})")
     table.add_row("rows cut at their end", f"{counts['truncated_rows']:,} ({counts['lost_tokens']:,} tokens lost)")
     lengths = counts["length"]
     table.add_row("row length min / 50 % / 90 % / 99 % / max", " / ".join(f"{lengths[k]:,}" for k in lengths))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if counts["dropped"]:
+        console.print(f"every dropped row is in {prepared.folder / 'dropped.jsonl'}", soft_wrap=True)
+    console.print(f"retort data {prepared.folder.parent} draws it all on a page", soft_wrap=True)
 
 
 def masks(recipe: Recipe, prepared: Prepared, count: int) -> None:
     """Print rows with the trained tokens coloured (and in brackets, for terminals without colour)."""
     tokenizer = load_tokenizer(recipe.model)
     console = Console(highlight=False)
-    for row in read_rows(prepared.folder / "train.parquet")[:count]:
+    for row in read_rows(prepared.folder, "train", count):
         console.rule(f"{row['_source']}  (row {row['_id']})")
         text = Text()
         for piece, trained in pieces(Masked(row["input_ids"], row["loss_mask"], ""), tokenizer.backend):

@@ -13,14 +13,15 @@ import datasets
 import pytest
 from conftest import colour_rows, run_cli, write_rows
 
+from data_prep.assemble import count_packs, read_rows
 from data_prep.formats import to_row
-from data_prep.prepare import count_packs, prepare, read_rows
-from data_prep.readers import BadRecord, read_source
-from data_prep.steps import exact_dedup, holdout
+from data_prep.prepare import prepare
+from data_prep.readers import read_piece, scan
 from recipes.errors import DataError
 from recipes.lineage import read_manifest
 from recipes.load import load_recipe
-from recipes.schema import Source
+from recipes.schema_data import Source
+from recipes.tables import BadRecord
 
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 SHAPES: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -67,7 +68,8 @@ BAD_RECORDS: list[tuple[Any, dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": 3}]}, {}, "has int content"),
     ({"messages": CHAT[:1]}, {}, "has no assistant turn"),
     ({"messages": [*CHAT, CHAT[0]]}, {}, "ends with a user turn"),
-    ({"messages": CHAT, "tools": "x"}, {}, "'tools' must be a list"),
+    ({"messages": CHAT, "tools": "x"}, {}, "'tools' is a text that is no JSON"),
+    ({"messages": CHAT, "tools": {"a": 1}}, {}, "'tools' must be a list"),
     ({"conversations": [{"from": "alien", "value": "x"}]}, {}, "turn 1 is from 'alien'"),
     ({"conversations": {}}, {}, "'conversations' must be a list"),
     ({"prompt": "Q", "completion": " "}, {}, "'completion' is empty"),
@@ -105,7 +107,7 @@ BAD_FILES: list[tuple[str, bytes, str, str]] = [
     ("input.jsonl", b"[" * 100_000, ":1", "is nested too deeply"),
     ("input.jsonl", b'{"text": "only text"}', ":1", "set method.on: text"),
     ("input.json", b"{}", "", "is no list of rows"),
-    ("input.json", b'{"a": 1}\n{"a": 2}', ":2:1", "name the file .jsonl"),
+    ("input.json", b'[{"a": 1}]\n[{"a": 2}]', ":2:1", "is not valid JSON: Extra data"),
     ("input.json", b'[{"messages": 1}, 5]', "[1]", "must be a list"),
     ("input.csv", b"prompt,completion\na,b,c\n", ":2", "has not the 2 columns"),
     ("input.csv", b'prompt,completion\n"a,b\n', "", "is not valid CSV"),
@@ -148,7 +150,8 @@ def test_the_same_rows_from_every_file_kind(make_recipe: Callable[..., Path], tm
     found = {}
     for name in ("bom.jsonl", "z.jsonl.gz", "list.json", "data.json", "t.csv", "t.parquet"):
         source = Source(path=str(tmp_path / name))
-        found[name] = [to_row(record, place, source).id for place, record in read_source(source)]  # type: ignore[arg-type]
+        records = [record for piece in scan(source).pieces for record in read_piece(piece)]
+        found[name] = [to_row(record, place, source).id for place, record in records]  # type: ignore[arg-type]
     assert len(set(found["bom.jsonl"])) == 5
     assert all(ids == found["bom.jsonl"] for ids in found.values()), found
 
@@ -172,7 +175,7 @@ def test_counts_reasons_and_leakage(make_recipe: Callable[..., Path], tmp_path: 
     dropped = [json.loads(line) for line in (prepared.folder / "dropped.jsonl").read_text().splitlines()]
     assert [d["_source"] for d in dropped if d["reason"] == "bad_row"] == [f"{train}:23"]
     assert next(d for d in dropped if d["reason"] == "too_long")["_source"] == f"{train}:22"
-    stored = read_rows(prepared.folder / "train.parquet")
+    stored = read_rows(prepared.folder, "train")
     assert stored[0]["messages"] == rows[4]["messages"] and stored[0]["extra"] == {"number": 4}
     assert counts["train_tokens"] == sum(len(r["input_ids"]) for r in stored)
     assert counts["trained_tokens"] == sum(sum(r["loss_mask"]) for r in stored)
@@ -194,7 +197,7 @@ def test_rows_that_are_too_long(policy: str, make_recipe: Callable[..., Path], t
     if policy == "drop":
         assert (counts["train_rows"], counts["truncated_rows"], counts["dropped"]) == (15, 0, {"too_long": 1})
     else:
-        last = read_rows(prepared.folder / "train.parquet")[-1]
+        last = read_rows(prepared.folder, "train")[-1]
         assert (counts["train_rows"], counts["truncated_rows"]) == (16, 1)
         assert len(last["input_ids"]) == 128 and counts["lost_tokens"] == last["cut_tokens"] > 0
     with pytest.raises(DataError, match=r"train\.jsonl:16: has 443 tokens, more than train\.seq_len 128"):
@@ -204,35 +207,30 @@ def test_rows_that_are_too_long(policy: str, make_recipe: Callable[..., Path], t
 def test_prepared_rows_are_reused_until_something_changes(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = load_recipe(make_recipe())
     first = prepare(recipe, tmp_path / "run")
-    bytes_before = (first.folder / "train.parquet").read_bytes()
+    bytes_before = (first.folder / "train-00000.parquet").read_bytes()
     assert not first.reused and prepare(recipe, tmp_path / "run").reused
     again = prepare(recipe, tmp_path / "elsewhere")
-    assert (again.folder / "train.parquet").read_bytes() == bytes_before, "same input, same bytes"
-    (first.folder / "train.parquet").write_bytes(bytes_before[:-1] + b"X")
-    with pytest.raises(DataError, match=r"was changed after it was prepared: train\.parquet"):
+    assert (again.folder / "train-00000.parquet").read_bytes() == bytes_before, "same input, same bytes"
+    (first.folder / "train-00000.parquet").write_bytes(bytes_before[:-1] + b"X")
+    with pytest.raises(DataError, match=r"was changed after it was prepared: train-00000\.parquet"):
         prepare(recipe, tmp_path / "run")
     write_rows(tmp_path / "rows.jsonl", colour_rows(32))
     changed = prepare(recipe, tmp_path / "run")
     assert not changed.reused and changed.counts["rows_in"] == 32
     manifest = read_manifest(changed.folder)
-    assert manifest is not None and set(manifest["files"]) == {"train.parquet", "eval.parquet", "dropped.jsonl"}
-
-
-def test_holdout_keeps_groups_whole_and_dedup_keeps_the_first() -> None:
-    source = Source(path="f")
-    rows = [to_row({"messages": CHAT, "group": f"g{i // 4}"}, f"f:{i}", source) for i in range(40)]
-    train, held_out = holdout(rows, 0.25, seed=1)
-    assert len(held_out) == 8 and len(train) == 32
-    assert not {r.group for r in train} & {r.group for r in held_out}
-    assert exact_dedup(rows) == [None] + ["exact_duplicate"] * 39
-    assert [len(part) for part in holdout(rows[:1], 0.5, 1)] == [1, 0]
+    assert manifest is not None and set(manifest["files"]) == {
+        "train-00000.parquet",
+        "eval-00000.parquet",
+        "dropped.jsonl",
+        "statistics.json",
+    }
 
 
 def test_show_masks_prints_the_trained_tokens(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = make_recipe()
     done = run_cli("prepare", str(recipe), "--show-masks", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    stored = read_rows(tmp_path / "run" / "data" / "train.parquet")
+    stored = read_rows(tmp_path / "run" / "data", "train")
     for row in stored[:2]:
         assert f"[[{row['messages'][-1]['content']}<|im_end|>]]" in done.stdout
     assert done.stdout.count("[[") == 3  # two rows and the legend
@@ -256,8 +254,9 @@ def test_a_share_held_out_shares_no_row_with_training(make_recipe: Callable[...,
     data = write_rows(tmp_path / "doubled.jsonl", doubled)
     recipe = load_recipe(make_recipe(data={"train": [{"path": str(data)}], "eval": {"fraction": 0.2}}))
     prepared = prepare(recipe, tmp_path / "run")
-    ids = [{row["_id"] for row in read_rows(prepared.folder / f"{part}.parquet")} for part in ("train", "eval")]
-    assert not ids[0] & ids[1] and prepared.counts["dropped"] == {"in_eval": prepared.counts["dropped"]["in_eval"]}
+    ids = [{row["_id"] for row in read_rows(prepared.folder, part)} for part in ("train", "eval")]
+    assert not ids[0] & ids[1] and prepared.counts["dropped"] == {}
+    assert len(ids[0]) == 32 and len(ids[1]) == 8, "equal rows share a side, whatever their groups say"
 
 
 def test_held_out_rows_that_all_drop_out_stop_the_run(make_recipe: Callable[..., Path], tmp_path: Path) -> None:

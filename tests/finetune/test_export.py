@@ -64,7 +64,7 @@ def test_a_byte_flipped_between_prepare_and_train_is_refused(
     recipe, base, _ = plan
     assert run_cli("prepare", str(recipe), cwd=tmp_path).returncode == 0
     data = tmp_path / "run" / "data"
-    targets = [data / "train.parquet", data / "manifest.json", base / "model.safetensors", base / "README.md"]
+    targets = [data / "train-00000.parquet", data / "manifest.json", base / "model.safetensors", base / "README.md"]
     for seed, path in enumerate(targets):
         whole = path.read_bytes()
         flip(path, seed)
@@ -166,7 +166,7 @@ def test_export_with_its_papers_and_what_it_refuses(plan: tuple[Path, Path, dict
     assert merged.returncode == 0 and (run / "export" / "model.safetensors").is_file(), merged.stderr
 
     for seed, name in enumerate(
-        ["adapter/adapter_model.safetensors", "manifest.json", "README.md", "data/train.parquet"]
+        ["adapter/adapter_model.safetensors", "manifest.json", "README.md", "data/train-00000.parquet"]
     ):
         whole = (run / name).read_bytes()
         flip(run / name, seed)

@@ -120,10 +120,10 @@ def test_other_data_and_another_device_count_are_no_resumption(
     rows.write_bytes(before + before.splitlines(keepends=True)[0].replace(b"red", b"blue"))
     changed = run_train(recipe)
     assert changed.returncode == 2 and "rows.jsonl" in changed.stderr and "--fresh" in changed.stderr
-    prepared = (run / "data" / "train.parquet").read_bytes()
+    prepared = (run / "data" / "train-00000.parquet").read_bytes()
     by_hand = run_cli("prepare", str(recipe), cwd=tmp_path)
     assert by_hand.returncode == 4 and "is the data of a run, and would change" in by_hand.stderr
-    assert (run / "data" / "train.parquet").read_bytes() == prepared
+    assert (run / "data" / "train-00000.parquet").read_bytes() == prepared
     rows.write_bytes(before)
     assert run_train(recipe).returncode == 0
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import colour_rows, run_train
 
-from data_prep.prepare import prepare, read_rows
+from data_prep.assemble import read_rows
+from data_prep.prepare import prepare
 from data_prep.tokens import load_tokenizer
 from finetune.layout import find_device, plan_layout
 from finetune.models import adapter_config, load_base
@@ -81,7 +82,7 @@ def packed(make_recipe: Callable[..., Path], tmp_path: Path) -> tuple[Any, Any, 
     """(unpacked dataset, packed dataset, model, tokenizer) of the same rows."""
     recipe = load_recipe(make_recipe())
     tokenizer = load_tokenizer(recipe.model)
-    rows = read_rows(prepare(recipe, tmp_path / "run").folder / "train.parquet")
+    rows = read_rows(prepare(recipe, tmp_path / "run").folder, "train")
     packing = load_recipe(tmp_path / "recipe.yaml", ["train.packing=true"])
     model = load_base(recipe, tokenizer, find_device("cpu")).eval()
     return token_dataset(rows, recipe), token_dataset(rows, packing), model, tokenizer.backend
@@ -181,7 +182,7 @@ def reloaded_loss(recipe: Any, run: Path) -> float:
         model = AutoModelForCausalLM.from_pretrained(run / "model")
     else:
         model = PeftModel.from_pretrained(load_base(recipe, tokenizer, find_device("cpu")), run / "adapter")
-    rows = choose_rows(read_rows(run / "data" / "eval.parquet"), recipe)
+    rows = choose_rows(read_rows(run / "data", "eval"), recipe)
     answers = measure(model, tokenizer, rows, recipe, "test")
     return sum(a.nll for a in answers) / sum(a.tokens for a in answers)
 
@@ -201,7 +202,7 @@ def test_extra_fields_are_checked_and_reach_the_trainer(make_recipe: Callable[..
     recipe = load_recipe(path, ["train.extra.adam_beta2=0.95", "train.extra.neftune_noise_alpha=5"])
     check_extra(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    rows = read_rows(prepare(recipe, tmp_path / "run").folder / "train.parquet")
+    rows = read_rows(prepare(recipe, tmp_path / "run").folder, "train")
     device = find_device("cpu")
     layout = plan_layout(recipe, device, None, len(rows), 50.0, 100, 1)
     datasets = {"train": token_dataset(rows, recipe)}

@@ -1,0 +1,333 @@
+"""The whole preparation: order of steps, cache, crashes, workers, splits and mixtures. Rows in = rows out + dropped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import colour_rows, run_cli, write_rows
+
+from data_prep import cache as work_cache
+from data_prep.assemble import read_rows, shards
+from data_prep.prepare import begin, prepare
+from recipes.errors import DataError, RetortError
+from recipes.load import load_recipe
+
+WORDS = [
+    f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "pu", "ra", "so", "ti") for b in ("bel", "dor", "fin", "gam", "hul")
+]
+
+
+def texts(count: int, seed: int = 0, low: int = 20, high: int = 40) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(low, high))) for _ in range(count)]
+
+
+def chat(prompt: str, answer: str = "red", **extra: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **extra}
+
+
+def run(make_recipe: Callable[..., Path], folder: Path, **data: Any) -> Any:
+    train = {"seq_len": 256, "tokens_per_step": 512, "max_steps": 2, "device": "cpu"}
+    prepared = prepare(load_recipe(make_recipe(data=data, train=train)), folder)
+    counts = prepared.counts
+    assert counts["rows_in"] == counts["rows_out"] + sum(counts["dropped"].values())
+    lines = (prepared.folder / "dropped.jsonl").read_text().splitlines()
+    assert len(lines) == sum(counts["dropped"].values())
+    return prepared
+
+
+def ids(prepared: Any, part: str = "train") -> list[str]:
+    return [row["_id"] for row in read_rows(prepared.folder, part)]
+
+
+def content(prepared: Any) -> dict[str, bytes]:
+    names = ("dropped.jsonl", "statistics.json")
+    files = [*prepared.folder.glob("*.parquet"), *(prepared.folder / name for name in names)]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def test_steps_run_in_order_and_every_drop_has_its_reason(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    a, b, c, d = texts(4)
+    near = a.replace(a.split()[5], "zzz", 1)
+    rows = [
+        chat(a),
+        chat(b),
+        chat(a),
+        chat(near),
+        chat(c + " write to ann@example.com"),
+        chat("ab"),
+        chat(d + "\u200b\x07"),
+    ]
+    path = write_rows(tmp_path / "r.jsonl", rows)
+    steps = ["clean", "exact_dedup", {"near_dedup": {"threshold": 0.7}}, {"length": {"min_tokens": 8}}, "pii"]
+    prepared = run(make_recipe, tmp_path / "run", train=[{"path": str(path)}], steps=steps)
+    assert prepared.counts["dropped"] == {"exact_duplicate": 1, "length": 1, "near_duplicate": 1}
+    dropped = {d["reason"]: d for d in map(json.loads, (prepared.folder / "dropped.jsonl").open())}
+    assert (
+        dropped["exact_duplicate"]["_source"] == f"{path}:3" and dropped["exact_duplicate"]["detail"] == f"of {path}:1"
+    )
+    assert dropped["near_duplicate"]["_source"] == f"{path}:4" and dropped["near_duplicate"]["detail"] == f"of {path}:1"
+    assert json.loads(dropped["near_duplicate"]["row"]["messages"])[0]["content"] == near
+    kept = [row["messages"][0]["content"] for row in read_rows(prepared.folder, "train")]
+    assert kept == [a, b, c + " write to [EMAIL_1]", d]
+
+
+def test_a_comparison_sees_rows_as_they_are_when_its_turn_comes(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    (a,) = texts(1)
+    path = write_rows(tmp_path / "r.jsonl", [chat(a), chat(a + "\x07")])
+    for steps, left in ((["exact_dedup", "clean"], 2), (["clean", "exact_dedup"], 1)):
+        prepared = run(make_recipe, tmp_path / f"run{left}", train=[{"path": str(path)}], steps=steps)
+        assert prepared.counts["train_rows"] == left
+    # A row that a later step drops still counts as the first of its copies.
+    path = write_rows(tmp_path / "s.jsonl", [chat("ab"), chat("ab"), chat(a)])
+    steps = ["exact_dedup", {"length": {"min_tokens": 8}}]
+    prepared = run(make_recipe, tmp_path / "later", train=[{"path": str(path)}], steps=steps)
+    assert prepared.counts["dropped"] == {"exact_duplicate": 1, "length": 1}
+
+
+def test_duplicates_across_sources_and_by_prompt(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = texts(2)
+    one = write_rows(tmp_path / "one.jsonl", [chat(a, "red")])
+    two = write_rows(tmp_path / "two.jsonl", [chat(a, "blue"), chat(b, "red")])
+    sources = [{"path": str(one)}, {"path": str(two)}]
+    prepared = run(make_recipe, tmp_path / "rows", train=sources, steps=["exact_dedup"])
+    assert prepared.counts["dropped"] == {}
+    prepared = run(make_recipe, tmp_path / "prompts", train=sources, steps=[{"exact_dedup": {"on": "prompt"}}])
+    assert prepared.counts["dropped"] == {"exact_duplicate": 1}
+    statistics = json.loads((prepared.folder / "statistics.json").read_text())
+    assert statistics["sources"][1]["dropped"] == {"exact_duplicate": 1}
+    assert statistics["clusters"] == [{"reason": "exact_duplicate", "size": 2, "places": [f"{one}:1", f"{two}:1"]}]
+
+
+def test_groups_documents_and_near_prompts_never_straddle(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    base = texts(60, seed=3)
+    rows = []
+    for i, text in enumerate(base):
+        rows.append(chat(text, "red", case=i // 3))
+        rows.append(chat(text.replace(text.split()[0], "zzz", 1), "blue"))  # a near copy without a group
+    random.Random(1).shuffle(rows)
+    path = write_rows(tmp_path / "r.jsonl", rows)
+    source = {"path": str(path), "group": "case"}
+    with pytest.raises(DataError, match="has no column 'case'"):
+        run(make_recipe, tmp_path / "missing", train=[source], eval={"fraction": 0.2})
+    for row in rows:
+        row.setdefault("case", f"own {row['messages'][0]['content']}")
+    write_rows(path, rows)
+    prepared = run(make_recipe, tmp_path / "run", train=[source], eval={"fraction": 0.2})
+    sides = [read_rows(prepared.folder, part) for part in ("train", "eval")]
+    assert len(sides[1]) == 24  # four groups of six: three texts and their near copies
+    cases = [{row["extra"]["case"] for row in side if isinstance(row["extra"]["case"], int)} for side in sides]
+    assert len(cases[1]) == 4 and not cases[0] & cases[1]
+    tails = [{row["messages"][0]["content"].split(" ", 1)[1] for row in side} for side in sides]
+    assert not tails[0] & tails[1]
+    statistics = json.loads((prepared.folder / "statistics.json").read_text())
+    assert statistics["groups"] == {"rows": 120, "groups": 20, "largest_share": 0.05}
+
+
+def test_one_large_group_cannot_be_split(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "r.jsonl", [chat(text, group="g") for text in texts(9)])
+    with pytest.raises(DataError, match=r"data\.eval: too few rows or groups to hold any out \(9 of 9 rows"):
+        run(make_recipe, tmp_path / "run", train=[{"path": str(path)}], eval={"fraction": 0.2})
+
+
+def test_a_mixture_keeps_its_proportions(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", [chat(t) for t in texts(90, seed=1)])
+    two = write_rows(tmp_path / "two.jsonl", [chat(t) for t in texts(20, seed=2)])
+    sources = [{"path": str(one), "weight": 3.0}, {"path": str(two), "weight": 1.0}]
+    prepared = run(make_recipe, tmp_path / "run", train=sources)
+    assert prepared.counts["dropped"] == {"mixture": 30}
+    by_source = json.loads((prepared.folder / "statistics.json").read_text())["sources"]
+    assert [line["train"] for line in by_source] == [60, 20]
+    with pytest.raises(RetortError, match="either every training source has a weight, or none"):
+        run(make_recipe, tmp_path / "other", train=[sources[0], {"path": str(two)}])
+
+
+def test_long_texts_are_split_into_windows_that_hold_every_token(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "r.jsonl", [{"text": t} for t in texts(3, low=200, high=300)])
+    data = {"train": [{"path": str(path)}], "too_long": "split"}
+    recipe = load_recipe(make_recipe(data=data, method={"type": "sft", "on": "text"}))
+    prepared = prepare(recipe, tmp_path / "run")
+    rows = read_rows(prepared.folder, "train")
+    assert prepared.counts["rows_out"] == 3 and prepared.counts["train_rows"] == len(rows) > 9
+    assert all(len(row["input_ids"]) <= 128 and all(row["loss_mask"]) for row in rows)
+    tokenizer = prepared.tokenizer.backend
+    for text in (json.loads(line)["text"] for line in path.open()):
+        whole = [row for row in rows if row["text"] == text]
+        assert [row["_id"].rsplit("-", 1)[1] for row in whole] == [str(n) for n in range(len(whole))]
+        assert tokenizer.decode([t for row in whole for t in row["input_ids"]]) == text + "<|im_end|>"
+        assert {row["_group"] for row in whole} == {whole[0]["_id"].rsplit("-", 1)[0]}
+
+
+def made_entries(folder: Path) -> dict[str, float]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.glob("*/*/*/rows.parquet")} | {
+        str(p): p.stat().st_mtime_ns for p in folder.glob("*/*/*/train.parquet")
+    }
+
+
+def test_an_edited_file_redoes_only_what_depends_on_it(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        # larger than what small files share a piece up to
+        write_rows(folder / f"{name}.jsonl", [chat("x?", t) for t in texts(2500, seed=ord(name), low=80, high=120)])
+    data = {"train": [{"path": str(folder)}], "steps": ["exact_dedup"], "too_long": "truncate"}
+    first = run(make_recipe, tmp_path / "one", **data)
+    entries = made_entries(tmp_path / ".retort-cache")
+    assert len(entries) == 6  # three files, two passes
+    write_rows(folder / "b.jsonl", [chat("x?", t) for t in texts(2500, seed=9, low=80, high=120)])
+    second = run(make_recipe, tmp_path / "two", **data)
+    assert content(first) != content(second)
+    after = made_entries(tmp_path / ".retort-cache")
+    assert len(after) == 8 and all(after[path] == when for path, when in entries.items())
+    # Another chat template: tokens are made anew, rows are not.
+    template = tmp_path / "other.jinja"
+    tokenizer = first.tokenizer.backend
+    template.write_text(tokenizer.chat_template.replace("<|im_start|>", "<|im_end|><|im_start|>"))
+    recipe = load_recipe(tmp_path / "recipe.yaml", [f"model.chat_template={template}"])
+    prepare(recipe, tmp_path / "three")
+    names = [Path(path).name for path in made_entries(tmp_path / ".retort-cache").keys() - after.keys()]
+    assert names == ["train.parquet"] * 3
+
+
+def test_any_number_of_workers_gives_the_same_bytes(
+    make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [chat(t) for t in texts(3000, low=30, high=60)]
+    paths = [write_rows(tmp_path / f"{n}.jsonl", rows[n::3] + rows[:50]) for n in range(3)]
+    steps = ["clean", "exact_dedup", {"near_dedup": {"threshold": 0.7}}]
+    data = {"train": [{"path": str(p), "limit": 2000} for p in paths], "steps": steps, "eval": {"fraction": 0.1}}
+    found = []
+    for count in (1, 3):
+        monkeypatch.setenv("RETORT_WORKERS", str(count))
+        monkeypatch.setenv("RETORT_CACHE", str(tmp_path / f"cache{count}"))
+        found.append(content(run(make_recipe, tmp_path / f"run{count}", **data)))
+    assert found[0] == found[1]
+
+
+def test_an_error_in_a_worker_is_the_first_in_order(
+    make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETORT_WORKERS", "2")
+    paths = [write_rows(tmp_path / f"{n}.jsonl", [chat("x"), {"messages": n}]) for n in range(3)]
+    data = {"train": [{"path": str(p), "limit": 9} for p in paths]}
+    with pytest.raises(DataError, match=r"0\.jsonl:2: 'messages' must be a list"):
+        run(make_recipe, tmp_path / "run", **data)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from data_prep import cache
+from data_prep.prepare import prepare
+from recipes.load import load_recipe
+
+after, original = int(sys.argv[3]), cache.os.rename
+def rename(*args):
+    global after
+    after -= 1
+    if after < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(*args)
+cache.os.rename = rename
+prepare(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_preparation_goes_on_where_it_was(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Killed just before the entry after N others is put into its place, for every N: in each step of the work."""
+    rows = [chat(t) for t in texts(300, low=30, high=60)]
+    paths = [write_rows(tmp_path / f"{n}.jsonl", rows[n::2] + rows[:20]) for n in range(2)]
+    steps = ["clean", "exact_dedup", "near_dedup", "decontaminate"]
+    held = write_rows(tmp_path / "held.jsonl", rows[:5])
+    data = {
+        "train": [{"path": str(p), "limit": 2000} for p in paths],
+        "eval": [{"path": str(held)}],
+        "steps": steps,
+        "too_long": "truncate",
+    }
+    whole = run(make_recipe, tmp_path / "whole" / "run", **data)
+    expected, total = content(whole), len(list((tmp_path / "whole" / ".retort-cache").glob("*/*/*/statistics.json")))
+    assert total == 7  # three sources, an index, three tokenised blocks
+    for after in range(total):
+        out = tmp_path / f"killed{after}" / "run"
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(out), str(after)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        done_before = made_entries(out.parent / ".retort-cache")
+        again = prepare(load_recipe(tmp_path / "recipe.yaml"), out)
+        assert content(again) == expected
+        now = made_entries(out.parent / ".retort-cache")
+        assert all(now[path] == when for path, when in done_before.items()), "finished work was redone"
+
+
+def test_old_entries_are_swept(tmp_path: Path) -> None:
+    old, young = tmp_path / "rows" / "aa" / "aa1", tmp_path / "rows" / "bb" / "bb1"
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    month = time.time() - 40 * 86_400
+    os.utime(old, (month, month))
+    work_cache.sweep(tmp_path)
+    assert not old.exists() and young.exists()
+
+
+def test_a_full_disk_while_preparing_is_one_line(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.write_text("a file where the cache should be")
+    done = run_cli(
+        "prepare", str(make_recipe()), cwd=tmp_path, env={**os.environ, "RETORT_CACHE": str(locked / "cache")}
+    )
+    assert done.returncode == 1 and "cannot be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_shards_are_cut_at_a_number_of_rows(
+    make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.assemble.SHARD_ROWS", 100)
+    paths = [write_rows(tmp_path / f"{n}.jsonl", [chat(t) for t in texts(120, seed=n)]) for n in range(3)]
+    prepared = run(make_recipe, tmp_path / "run", train=[{"path": str(p), "limit": 500} for p in paths])
+    assert [path.name for path in shards(prepared.folder, "train")] == [f"train-{n:05d}.parquet" for n in range(3)]
+    assert len(ids(prepared)) == 360 and len(set(ids(prepared))) == 360
+    assert len(read_rows(prepared.folder, "train", 7)) == 7
+
+
+def test_a_large_file_is_read_in_parts_and_small_ones_share_a_piece(
+    make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.tables.PART_BYTES", 20_000)
+    rows = colour_rows(900)
+    whole = write_rows(tmp_path / "whole.jsonl", rows)
+    recipe = load_recipe(make_recipe(data={"train": [{"path": str(whole)}]}))
+    work = begin(recipe, tmp_path / "run")
+    parts = [part for piece in work.scans[0][2].pieces for part in piece.parts]
+    assert len(parts) > 5 and parts[0].start == 0
+    assert all(a.end == b.start for a, b in pairwise(parts))
+    stored = read_rows(prepare(recipe, tmp_path / "run").folder, "train")
+    assert [row["_source"] for row in stored] == [f"{whole}:{n}" for n in range(1, 901)]
+    assert [row["extra"]["number"] for row in stored] == list(range(900))
+    many = tmp_path / "many"
+    many.mkdir()
+    for n in range(200):
+        write_rows(many / f"{n:03}.jsonl", rows[n : n + 1])
+    recipe = load_recipe(make_recipe(data={"train": [{"path": str(many)}]}))
+    before = begin(recipe, tmp_path / "run").scans[0][2].pieces
+    assert 2 <= len(before) <= 20
+    write_rows(many / "100x.jsonl", rows[:1])
+    after = begin(recipe, tmp_path / "run").scans[0][2].pieces
+    assert len({p.key for p in after} - {p.key for p in before}) <= 2, "a new file changes its own group"
