@@ -20,12 +20,13 @@ BLOCK = 4096  # rows compared with each other at once: 64 MiB of similarities
 
 @lru_cache(maxsize=1)
 def _encoder(reference: str) -> tuple[Any, Any, int]:
+    import torch
     from transformers import AutoModel, AutoTokenizer
 
     folder = fetch(parse_ref(reference), True, "data.steps")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
+        model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise RecipeError(f"{reference} cannot be loaded: {reason}", "data.steps", "name an encoder") from None
@@ -68,10 +69,16 @@ def join_close(
         return
     vectors = np.concatenate(parts)
     for i in range(0, len(rows), BLOCK):
-        left = vectors[rows[i : i + BLOCK]].astype(np.float32)
+        left = _unit(vectors[rows[i : i + BLOCK]])
         for j in range(i, len(rows), BLOCK):
-            close = left @ vectors[rows[j : j + BLOCK]].astype(np.float32).T >= threshold
+            close = left @ _unit(vectors[rows[j : j + BLOCK]]).T >= threshold
             if i == j:
                 close &= np.tri(len(close), dtype=bool).T & ~np.eye(len(close), dtype=bool)
             one, other = np.nonzero(close)
             forest.join(np.stack([rows[i + one], rows[j + other]], axis=1))
+
+
+def _unit(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
+    """Float32 vectors of length 1: rounding to float16 has changed the lengths by up to a thousandth."""
+    wide = vectors.astype(np.float32)
+    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-6)

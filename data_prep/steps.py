@@ -75,14 +75,16 @@ def _length(options: Length, model: Model) -> RowStep:
 def _quality(options: Quality, _: Model) -> RowStep:
     from data_prep.quality import DEFAULTS, faults
 
-    limits: dict[str, float | None] = {**DEFAULTS, **{str(name): limit for name, limit in options.rules.items()}}
-    rules = {name: limit for name, limit in limits.items() if limit is not None}
+    own = {str(name): limit for name, limit in options.rules.items()}
+    # The paper's least length is that of a web page; an answer may be shorter.
+    prose, answers = ({**DEFAULTS, **own}, {**DEFAULTS, "min_words": None, **own})
 
     def run(row: Row) -> Row | Drop:
         text = row.text if row.text is not None else row.whole if options.on == "row" else row.reference
         if row.text is None and len(words(text)) < SHORT_ANSWER:
             return row
-        found = faults(text, rules)
+        limits: dict[str, float | None] = {**(prose if row.text is not None else answers)}
+        found = faults(text, {name: limit for name, limit in limits.items() if limit is not None})
         return Drop("quality", "; ".join(found)) if found else row
 
     return run

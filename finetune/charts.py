@@ -82,6 +82,32 @@ class IntervalPlot:
 
 
 @dataclass(frozen=True)
+class Bar:
+    x: float
+    y: float
+    width: float
+    height: float
+    text: str
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """`marks` are upright lines with a label; `y` of their points is where the label stands."""
+
+    summary: str
+    axis: str
+    width: float
+    height: float
+    left: float
+    right: float
+    bottom: float
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    bars: list[Bar]
+    marks: list[Point]
+
+
+@dataclass(frozen=True)
 class Node:
     x: float
     y: float
@@ -249,6 +275,61 @@ def _hits(
         Hit(float(a), float(b - a), float(xs[i]), float(ys[i]), f"step {steps[i]:,.0f}: {write(values[i])}")
         for i, a, b in zip(chosen, edges[:-1], edges[1:], strict=True)
     ]
+
+
+def bar_chart(
+    title: str,
+    counts: Sequence[int],
+    step: int,
+    *,
+    width: float,
+    height: float,
+    axis: str,
+    marks: Sequence[tuple[str, float]] = (),
+) -> BarChart | None:
+    """A histogram of whole numbers, or None where nothing was counted.
+
+    Args:
+        counts: how many lie in 1..step, step+1..2*step, and so on.
+        axis: what the x axis counts.
+        marks: (label, value) of values worth a line, from left to right.
+    """
+    if not any(counts):
+        return None
+    reach, highest = len(counts) * step, nice_ticks(0, max(counts), 5)
+    left, right, top, bottom = 62.0, width - 14, 20.0 + 18 * len(marks), height - 44
+    slot = (right - left) / len(counts)
+
+    def bar(number: int, counted: int) -> Bar:
+        high = max(1.5, counted / highest[-1] * (bottom - top))  # one row among thousands stays visible
+        text = (
+            f"{number * step + 1:,} to {(number + 1) * step:,} {axis}: {counted:,} {'row' if counted == 1 else 'rows'}"
+        )
+        return Bar(left + number * slot, bottom - high, slot - min(1.5, slot / 4), high, text)
+
+    x_values = [t for t in nice_ticks(0, reach, 6) if t <= reach]
+    y_values = [t for t in highest if t == int(t)]
+    return BarChart(
+        summary=f"{title}: {sum(counts):,} rows of up to {reach:,} {axis}",
+        axis=axis,
+        width=width,
+        height=height,
+        left=left,
+        right=right,
+        bottom=bottom,
+        x_ticks=[
+            Tick(left + t / reach * (right - left), label)
+            for t, label in zip(x_values, tick_labels(x_values), strict=True)
+        ],
+        y_ticks=[
+            Tick(bottom - t / highest[-1] * (bottom - top), label)
+            for t, label in zip(y_values, tick_labels(y_values), strict=True)
+        ],
+        bars=[bar(number, counted) for number, counted in enumerate(counts) if counted],
+        marks=[
+            Point(left + value / reach * (right - left), 14.0 + 18 * n, label) for n, (label, value) in enumerate(marks)
+        ],
+    )
 
 
 def interval_plot(

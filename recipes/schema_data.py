@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from recipes.benchmarks import BENCHMARKS
 from recipes.refs import Ref, parse_ref
 from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Section, Text
 
@@ -189,11 +190,32 @@ class SemanticDedup(Section):
 class Decontaminate(Section):
     """Drop training rows that overlap with the held-out rows or with a benchmark. The last step."""
 
-    against: Annotated[tuple[Literal["eval"] | Source, ...], Field(min_length=1)] = Field(
-        ("eval",), description="eval, and sources of benchmarks"
+    against: Annotated[tuple[Text | Source, ...], Field(min_length=1)] = Field(
+        ("eval",), description="eval (the held-out rows), names of benchmarks on the hub (gsm8k, mmlu, ...), or sources"
     )
     words: Annotated[Int, Field(ge=5, le=50)] = Field(13, description="words in a row that make an overlap")
     similarity: Fraction | None = Field(0.6, description="Jaccard similarity of near-duplicates; null: n-grams alone")
+
+    @field_validator("against")
+    @classmethod
+    def _known(cls, value: tuple[str | Source, ...]) -> tuple[str | Source, ...]:
+        names = ("eval", *BENCHMARKS)
+        if wrong := [name for name in value if isinstance(name, str) and name not in names]:
+            close = difflib.get_close_matches(wrong[0], names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"names are {', '.join(names)}; or give a source"
+            raise ValueError(f"no benchmark is named '{wrong[0]}'; {hint}")
+        return value
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What is compared beside the held-out rows."""
+        named = [BENCHMARKS[name] if isinstance(name, str) else name for name in self.against if name != "eval"]
+        return tuple(source if isinstance(source, Source) else _benchmark(source) for source in named)
+
+
+def _benchmark(entry: dict[str, str]) -> Source:
+    place = {key: value for key, value in entry.items() if key != "text"}
+    return Source.model_validate({**place, "columns": {"text": entry["text"]}})
 
 
 NEED_OPTIONS = {"language": "keep: [en]", "length": "max_tokens: 2000", "semantic_dedup": "model: org/name@revision"}
@@ -323,4 +345,4 @@ class Data(Section):
     def benchmarks(self) -> tuple[Source, ...]:
         """Sources that training rows must not overlap with, beside the held-out rows."""
         steps = [step.options for step in self.steps if step.name == "decontaminate"]
-        return tuple(source for options in steps for source in options.against if isinstance(source, Source))
+        return tuple(source for options in steps for source in options.sources)

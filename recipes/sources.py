@@ -53,8 +53,8 @@ def _recipe_assets(recipe: Recipe, columns: bool) -> Iterator[Asset]:
         yield asset_named(recipe.teacher.model, "teacher", recipe.teacher.license)
     for source in recipe.data.train:
         yield _source(source, "data", columns)
-    held_out = recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
-    for source in (*held_out, *recipe.data.benchmarks):
+    # Benchmarks that rows are compared with (decontaminate) leave nothing in the model, so they are not judged.
+    for source in recipe.data.eval if isinstance(recipe.data.eval, tuple) else ():
         yield _source(source, "eval", columns)
 
 

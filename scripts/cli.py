@@ -177,6 +177,15 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_
 
 @app.command()
 @_one_line
+def data(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
+    """Write data.html: what preparation did to the rows of a run, and why."""
+    from finetune.data_page import write_data_page
+
+    print(write_data_page(run_dir))
+
+
+@app.command()
+@_one_line
 def gate(
     recipe: Annotated[Path | None, typer.Argument(help="a recipe; or give --asset", show_default=False)] = None,
     set_: SetOption = None,
