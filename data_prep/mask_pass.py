@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data_prep.cache import entry, entry_key, make_entry, statistics
 from data_prep.decide import BY_ROW_STEP, EVAL, TRAIN, Decision, reason_of
 from data_prep.masks import Masked, mask_chat, mask_text
-from data_prep.read_pass import Block, row_schema, write_drop
+from data_prep.read_pass import Block, open_drops, row_schema, write_drop
 from data_prep.requests import requests_of
 from data_prep.rows import STORED, Row, decode, encode
 from data_prep.steps import Drop
@@ -106,7 +106,7 @@ class _Pass:
 
         schema = part_schema()
         with (
-            (self.folder / "dropped.jsonl").open("w", encoding="utf-8") as drops,
+            open_drops(self.folder) as drops,
             pq.ParquetWriter(self.folder / "train.parquet", schema, compression="zstd") as train,
             pq.ParquetWriter(self.folder / "eval.parquet", schema, compression="zstd") as held_out,
             pq.ParquetWriter(self.folder / "requests.parquet", schema, compression="zstd") as requests,

@@ -183,7 +183,7 @@ class _Pass:
         import pyarrow.parquet as pq
 
         with (
-            (self.folder / "dropped.jsonl").open("w", encoding="utf-8") as drops,
+            open_drops(self.folder) as drops,
             pq.ParquetWriter(self.folder / "rows.parquet", row_schema(), compression="zstd") as writer,
             _Files(self.folder) as files,
         ):
@@ -305,6 +305,11 @@ def row_schema() -> Any:
     fields = [pa.field(name, pa.string()) for name in texts]
     fields += [pa.field("label", pa.bool_()), pa.field("extra", pa.string())]
     return pa.schema([*fields, pa.field("_reason", pa.string()), pa.field("_detail", pa.string())])
+
+
+def open_drops(folder: Path) -> IO[str]:
+    """dropped.jsonl of a block. Half of a surrogate pair, a usual reason to drop a row, is written as an escape."""
+    return (folder / "dropped.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
 
 
 def write_drop(stream: IO[str], source: str, drop: Drop, row: Row | None = None, raw: Any = None) -> None:

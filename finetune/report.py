@@ -231,6 +231,7 @@ def _data(run: RunFiles) -> dict[str, Any] | None:
         ],
         "dropped": [(reason, count(n), 100 * n / most) for reason, n in sorted(dropped.items(), key=lambda kv: -kv[1])],
         "length": [(k, count(dig(counts, "length", k))) for k in ("min", "p50", "p90", "p99", "max")],
+        "page": (run.path / "data.html").is_file(),
         "truncated": number(counts.get("truncated_rows")),
         "lost": number(counts.get("lost_tokens")),
     }

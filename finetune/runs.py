@@ -156,7 +156,8 @@ def _require_ours(folder: Path) -> None:
     """Refuse a folder with files that no run of ours wrote: a run removes and replaces what is in its way."""
     if (folder / STATE).is_file() or not folder.is_dir():
         return
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in {".lock", RECIPE, "data", "data.new"})
+    prepared = {".lock", RECIPE, "data", "data.new", "data.html", "logs"}  # what preparation leaves
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in prepared)
     if foreign:
         names = ", ".join(foreign[:4]) + (" ..." if len(foreign) > 4 else "")
         raise RecipeError(f"holds files that are no run of Retort ({names})", str(folder), "choose another output")

@@ -356,8 +356,11 @@ def _licences(asset: Asset) -> str:
 
 def publish(folder: Path, content: dict[str, Any]) -> None:
     """Write the report and the model card of a run, and last its manifest."""
+    from finetune.data_page import write_data_page
     from finetune.report import write_card, write_report
 
+    if read_manifest(folder / "data") is not None:
+        write_data_page(folder)
     # The report shows the manifest and the manifest lists the report: what it shows is this draft, all but final.
     draft = build_manifest(folder, content, _result_files(folder))
     bill = bill_of_materials(draft, [from_record(entry) for entry in content.get("lineage", [])], content["verdict"])
@@ -378,7 +381,7 @@ def _result_files(folder: Path) -> list[str]:
         "samples.jsonl",
         BOM,
     )
-    names = [n for n in (*single, "report.html", "README.md") if (folder / n).is_file()]
+    names = [n for n in (*single, "data.html", "report.html", "README.md") if (folder / n).is_file()]
     for part in ("adapter", "model", "data"):
         if (folder / part).is_dir():
             names += [f"{part}/{n}" for n in sha256_files(folder / part)]

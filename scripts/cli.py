@@ -180,8 +180,10 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_
 def data(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
     """Write data.html: what preparation did to the rows of a run, and why."""
     from finetune.data_page import write_data_page
+    from recipes.lineage import refresh
 
-    print(write_data_page(run_dir))
+    print(page := write_data_page(run_dir))
+    refresh(run_dir, [page.name])
 
 
 @app.command()

@@ -277,6 +277,15 @@ def test_a_killed_preparation_goes_on_where_it_was(make_recipe: Callable[..., Pa
         assert all(now[path] == when for path, when in done_before.items()), "finished work was redone"
 
 
+def test_a_dropped_row_is_kept_whatever_it_holds(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"prompt": "a \\ud800 b", "completion": "c"}\n' + json.dumps(chat("x?")) + "\n")
+    prepared = run(make_recipe, tmp_path / "run", train=[{"path": str(path)}], on_bad_row="drop")
+    (line,) = map(json.loads, (prepared.folder / "dropped.jsonl").open())
+    assert line["reason"] == "bad_row" and "surrogate" in line["detail"]
+    assert line["record"] == {"prompt": "a \ud800 b", "completion": "c"}
+
+
 def test_old_entries_are_swept(tmp_path: Path) -> None:
     old, young = tmp_path / "rows" / "aa" / "aa1", tmp_path / "rows" / "bb" / "bb1"
     for folder in (old, young):
