@@ -120,6 +120,10 @@ class ChatTemplate:
         self._now = datetime.now()
         self.has_tags = any(node.name == "_generation_support" for node in tree.find_all(nodes.ExtensionAttribute))
 
+    @staticmethod
+    def _nothing(*_: object) -> None:
+        """Stands for the tracker where nobody asks who wrote what."""
+
     def render(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool = False) -> Rendered:
         """Render messages that `normalise` has prepared; `prompt` adds the generation prompt.
 
@@ -143,20 +147,34 @@ class ChatTemplate:
             raise DataError(f"the chat template {what} the messages: {error}", remedy=remedy) from error
         return Rendered("".join(blocks), tracker.regions(), tags)
 
-    def _stream(
-        self, messages: Sequence[Message], tools: Any, prompt: bool, tracker: _Tracker, blocks: list, tags: list
-    ) -> Iterator[str]:
-        variables = {
+    def plain(self, messages: Sequence[Message], prompt: bool = False) -> str | None:
+        """The text of a rendering without tools, and nothing about it; None where the template fails."""
+        nothing = self._nothing
+        variables = self._values(messages, None, prompt, nothing, nothing, nothing)
+        try:
+            return self._template.render(variables)
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+            return None
+
+    def _values(
+        self, messages: Sequence[Message], tools: Any, prompt: bool, push: Any, enter: Any, pop: Any
+    ) -> dict[str, Any]:
+        return {
             **self._variables,
             "messages": list(messages),
             "tools": tools,
             "documents": None,
             "add_generation_prompt": prompt,
             "strftime_now": self._now.strftime,
-            "retort_push": tracker.push,
-            "retort_enter": tracker.enter,
-            "retort_pop": tracker.pop,
+            "retort_push": push,
+            "retort_enter": enter,
+            "retort_pop": pop,
         }
+
+    def _stream(
+        self, messages: Sequence[Message], tools: Any, prompt: bool, tracker: _Tracker, blocks: list, tags: list
+    ) -> Iterator[str]:
+        variables = self._values(messages, tools, prompt, tracker.push, tracker.enter, tracker.pop)
         if not self.has_tags:
             yield from self._template.generate(variables)
             return

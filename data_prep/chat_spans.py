@@ -59,6 +59,12 @@ class Spans:
         Raises:
             DataError: no assistant turn, or a turn whose trained text cannot be proven.
         """
+        return self.derive(messages, tools, train_on)[:2]
+
+    def derive(
+        self, messages: Sequence[Message], tools: list[Any] | None, train_on: Literal["all", "last"]
+    ) -> tuple[str, list[Turn], list[Field] | None]:
+        """As `find`; also where the strings of the messages stand, as `chat_markers.locate` found them."""
         ready = normalise(messages)
         wanted = [index for index, message in enumerate(ready) if message.get("role") == "assistant"]
         if not wanted:
@@ -68,7 +74,7 @@ class Spans:
         row = _Row(self, ready, tools, full, fields)
         turns = [row.turn(index) for index in (wanted if train_on == "all" else wanted[-1:])]
         row.check_others(turns)
-        return full.text, self._within_tags(full, turns) if self.template.has_tags else turns
+        return full.text, self._within_tags(full, turns) if self.template.has_tags else turns, fields
 
     def closing(self, text: str) -> tuple[int, str] | None:
         """End (offset into `text`) and text of the special tokens that close it, without white space after them.

@@ -4,7 +4,7 @@ Memory stays flat: a batch of rows is held, never a block."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_prep.cache import entry, entry_key, make_entry, statistics
 from data_prep.decide import BY_ROW_STEP, EVAL, TRAIN, Decision, reason_of
-from data_prep.masks import Masked, mask_chat, mask_text
+from data_prep.masks import Masked, mask_chats, mask_text
 from data_prep.read_pass import Block, open_drops, row_schema, write_drop
 from data_prep.requests import requests_of
 from data_prep.rows import STORED, Row, decode, encode
@@ -119,7 +119,7 @@ class _Pass:
                     rows = [row for _, row in group]
                     if asked := [request for row in rows for request in self._requests(PARTS[code], row)]:
                         requests.write_table(pa.Table.from_pylist(asked, schema=schema))
-                    if made := [line for row in rows for line in self._mask(PARTS[code], row, drops)]:
+                    if made := list(self._lines(PARTS[code], rows, drops)):
                         writer, lengths = writers[PARTS[code]]
                         writer.write_table(pa.Table.from_pylist(made, schema=schema))
                         lengths.write(np.array([len(m["input_ids"]) for m in made], dtype=np.int32).tobytes())
@@ -180,17 +180,19 @@ class _Pass:
             self.requests += 1
             yield {**encode(request), "input_ids": [], "loss_mask": [], "cut_tokens": 0}
 
-    def _mask(self, name: str, row: Row, drops: IO[str]) -> Iterator[dict[str, Any]]:
+    def _lines(self, name: str, rows: list[Row], drops: IO[str]) -> Iterator[dict[str, Any]]:
+        """The sequences of rows, in their order."""
+        rows = [row for row in rows if row.text is None or not self.recipe.data.requests]
+        for row, masked in zip(rows, mask_rows(self.recipe, rows, self.tokenizer), strict=True):
+            if isinstance(masked, Masked):
+                yield from self._sequences(name, row, masked, drops)
+            elif self.recipe.data.on_bad_row == "stop":
+                raise masked
+            else:
+                self._drop(drops, row, Drop("no_exact_mask", masked.message))
+
+    def _sequences(self, name: str, row: Row, masked: Masked, drops: IO[str]) -> Iterator[dict[str, Any]]:
         """The sequences of a row: one, none where it is dropped, several where a long text is split."""
-        if row.text is not None and self.recipe.data.requests:
-            return
-        try:
-            masked = mask_row(self.recipe, row, self.tokenizer)
-        except DataError as error:
-            if self.recipe.data.on_bad_row == "stop":
-                raise
-            self._drop(drops, row, Drop("no_exact_mask", error.message))
-            return
         length, limit, policy = len(masked.input_ids), self.recipe.train.seq_len, self.recipe.data.too_long
         cut = 0
         if length > limit:
@@ -241,24 +243,32 @@ def part_schema() -> Any:
     return pa.schema([*fields, ids, mask, pa.field("cut_tokens", pa.int32())])
 
 
-def mask_row(recipe: Recipe, row: Row, tokenizer: Tokenizer) -> Masked:
-    """Token ids and loss mask of one row, as the recipe's method wants them.
+def mask_rows(recipe: Recipe, rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[Masked | DataError]:
+    """Token ids and loss mask of each row, as the recipe's method wants them; the error of a row that has none, which
+    names the row."""
+    chats = [row for row in rows if row.text is None]
+    masks = mask_chats(
+        [list(row.messages) for row in chats],
+        tokenizer.backend,
+        tools=[list(row.tools) if row.tools else None for row in chats],
+        train_on=recipe.data.train_on,
+        template_kwargs=dict(recipe.model.template_kwargs),
+    )
+    of_chats = iter(masks)
+    for row in rows:
+        masked = next(of_chats) if row.text is None else _mask_text(row.text, tokenizer)
+        if isinstance(masked, Masked) and row.messages:
+            thought = row.messages[-1].get("reasoning_content")
+            if thought and thought.strip() not in masked.text:
+                message = "the chat template leaves out the reasoning of the last turn"
+                masked = DataError(message, None, "drop it from the rows")
+        if isinstance(masked, DataError):
+            masked = DataError(masked.message, f"{row.source} (row {row.id})", masked.remedy)
+        yield masked
 
-    Raises:
-        DataError: the mask cannot be derived exactly; the message names the row.
-    """
+
+def _mask_text(text: str, tokenizer: Tokenizer) -> Masked | DataError:
     try:
-        if row.text is not None:
-            return mask_text(row.text, tokenizer.backend)
-        tools = list(row.tools) if row.tools else None
-        kwargs = dict(recipe.model.template_kwargs)
-        masked = mask_chat(
-            list(row.messages), tokenizer.backend, tools=tools, train_on=recipe.data.train_on, template_kwargs=kwargs
-        )
-        thought = row.messages[-1].get("reasoning_content")
-        if thought and thought.strip() not in masked.text:
-            remedy = "drop it from the rows"
-            raise DataError("the chat template leaves out the reasoning of the last turn", None, remedy)
-        return masked
+        return mask_text(text, tokenizer.backend)
     except DataError as error:
-        raise DataError(error.message, f"{row.source} (row {row.id})", error.remedy) from None
+        return error

@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import pairwise, product
 from typing import Any, Literal
 
+from data_prep.chat_forms import Forms
 from data_prep.chat_render import ChatTemplate, Message
 from data_prep.chat_shapes import shapes
 from data_prep.chat_spans import Spans, Turn
@@ -55,8 +56,65 @@ def mask_chat(
         DataError: the mask would be empty or cannot be proven; the message names the turn and the reason.
     """
     _check_messages(messages)
-    text, turns = _spans(tokenizer, template, tools, template_kwargs).find(messages, tools, train_on)
-    ids, borders = _tokenise(text, turns, tokenizer)
+    text, turns = _forms(tokenizer, template, tools, template_kwargs).find(messages, tools, train_on)
+    return _masked(text, turns, *_tokenise(text, turns, tokenizer), tokenizer)
+
+
+def mask_chats(
+    chats: Sequence[Sequence[Message]],
+    tokenizer: Any,
+    *,
+    tools: Sequence[list[Any] | None],
+    train_on: Literal["all", "last"] = "all",
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Masked | DataError]:
+    """As `mask_chat` of each chat, tokenised together; a chat that is refused gives its error in its place."""
+    made: list[Masked | DataError] = []
+    rendered: list[tuple[int, str, list[Turn]]] = []
+    for messages, own_tools in zip(chats, tools, strict=True):
+        try:
+            _check_messages(messages)
+            found = _forms(tokenizer, None, own_tools, template_kwargs).find(messages, own_tools, train_on)
+            rendered.append((len(made), *found))
+            made.append(DataError("is not tokenised"))
+        except DataError as error:
+            made.append(error)
+    encodings = _encodings([text for _, text, _ in rendered], tokenizer)
+    for (place, text, turns), encoding in zip(rendered, encodings, strict=True):
+        borders = _quick_borders(text, turns, encoding) if encoding is not None else None
+        try:
+            ids, borders = (encoding.ids, borders) if borders else _tokenise(text, turns, tokenizer)
+            made[place] = _masked(text, turns, ids, borders, tokenizer)
+        except DataError as error:
+            made[place] = error
+    return made
+
+
+def _encodings(texts: list[str], tokenizer: Any) -> Sequence[Any]:
+    """The tokenizer library's own encodings of all texts at once; Nones of a slow tokenizer."""
+    if not texts or not tokenizer.is_fast:
+        return [None] * len(texts)
+    options = {"return_attention_mask": False, "return_token_type_ids": False}
+    return list(tokenizer(texts, add_special_tokens=False, **options).encodings)
+
+
+def _quick_borders(text: str, turns: Sequence[Turn], encoding: Any) -> list[tuple[int, int]] | None:
+    """Token ranges of the turns where two tokens of one character or more meet at every border; None says nothing."""
+
+    def border(position: int) -> int | None:
+        count = len(encoding.ids)
+        index = count if position == len(text) else encoding.char_to_token(position)
+        if not index or (index < count and encoding.token_to_chars(index)[0] != position):
+            return None
+        first, last = encoding.token_to_chars(index - 1)
+        return index if last == position and first < position else None
+
+    found = [(border(turn.start), border(turn.end)) for turn in turns]
+    proven = [(first, last) for first, last in found if first is not None and last is not None]
+    return proven if len(proven) == len(turns) else None
+
+
+def _masked(text: str, turns: Sequence[Turn], ids: list[int], borders: list[tuple[int, int]], tokenizer: Any) -> Masked:
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise DataError(f"the text begins with two {tokenizer.bos_token!r}; leave one out of the template or the row")
@@ -235,6 +293,12 @@ def _check_messages(messages: Sequence[Message]) -> None:
 def _spans(
     tokenizer: Any, template: str | None, tools: list[Any] | None, kwargs: Mapping[str, Any] | None = None
 ) -> Spans:
+    return _forms(tokenizer, template, tools, kwargs).spans
+
+
+def _forms(
+    tokenizer: Any, template: str | None, tools: list[Any] | None, kwargs: Mapping[str, Any] | None = None
+) -> Forms:
     if template is None or "{" not in template:
         try:
             template = tokenizer.get_chat_template(template, tools)
@@ -245,12 +309,12 @@ def _spans(
 
 
 @lru_cache(maxsize=8)
-def _compiled(tokenizer: Any, template: str, settings: str, *_key: object) -> Spans:
+def _compiled(tokenizer: Any, template: str, settings: str, *_key: object) -> Forms:
     """One analysis per tokenizer, template and settings; `_key` holds what may change about a tokenizer."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     variables = {**tokenizer.special_tokens_map, **json.loads(settings)}
     tokens = sorted(special | set(tokenizer.all_special_tokens))
-    return Spans(ChatTemplate(template, variables), tokens, tokenizer.eos_token)
+    return Forms(Spans(ChatTemplate(template, variables), tokens, tokenizer.eos_token), tokens)
 
 
 def _tokenise(text: str, turns: list[Turn], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:

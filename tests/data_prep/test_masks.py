@@ -1,6 +1,7 @@
 """Loss masks: hand-computed on a byte tokenizer, then against every real chat template."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.chat_render import ChatTemplate, normalise
 from data_prep.chat_shapes import shapes
-from data_prep.masks import check_template, mask_chat, mask_completion, mask_text, pieces
+from data_prep.masks import _forms, check_template, mask_chat, mask_chats, mask_completion, mask_text, pieces
 from recipes.errors import DataError
 from scripts.template_table import settings_for, tokenizer_for
 
@@ -317,3 +318,55 @@ def test_the_table_in_the_docs_has_every_template():
     table = (Path(__file__).parents[2] / "docs" / "chat-templates.md").read_text(encoding="utf-8")
     assert [path.stem for path in TEMPLATES if f"\n| {path.stem} |" not in table] == []
     assert len(TEMPLATES) == 34
+
+
+AWKWARD = [
+    "One",
+    " two ",
+    "three\n",
+    "",
+    "<think>x</think>four",
+    "<|im_end|>",
+    "fünf 六 🙂",
+    "{{ x }}",
+    "aa",
+    "/no_think",
+]
+
+
+def outcome(run):
+    """What a call returns, or the text of its refusal."""
+    try:
+        return run()
+    except DataError as error:
+        return str(error)
+
+
+@needs_realdata
+def test_the_quick_way_gives_what_the_long_way_gives(real):
+    """Chats of a known form take a short cut; on every real template, with awkward texts, it must change nothing."""
+    source, tokenizer = real
+    kwargs = (settings_for(source) or [{}])[-1]
+    chats = []
+    for i, text in enumerate(AWKWARD * 2):
+        answer = AWKWARD[(i * 3 + 1) % len(AWKWARD)] if i % 2 else "fine"
+        chats.append([user(text), assistant(answer)])
+        chats.append([{"role": "system", "content": "Be brief."}, *chats[-1]])
+        chats.append([user(text), assistant(answer, reasoning_content=text or "so")])
+    forms = _forms(tokenizer, None, None, kwargs)
+    for chat in chats:
+        assert outcome(partial(forms.find, chat, None, "all")) == outcome(partial(forms.spans.find, chat, None, "all"))
+    together = mask_chats(chats, tokenizer, tools=[None] * len(chats), template_kwargs=kwargs)
+    for chat, masked in zip(chats, together, strict=True):
+        alone = outcome(partial(mask_chat, chat, tokenizer, template_kwargs=kwargs))
+        assert (str(masked) if isinstance(masked, DataError) else masked) == alone
+
+
+def test_the_quick_way_is_taken():
+    tokenizer = byte_tokenizer()
+    forms = _forms(tokenizer, None, None, None)
+    forms.find([user("a"), assistant("b")], None, "all")
+    calls = []
+    forms.spans.derive = lambda *arguments: calls.append(arguments)
+    text, (turn,) = forms.find([user("other words"), assistant("and an answer")], None, "all")
+    assert not calls and text[turn.start : turn.end] == "and an answer<|im_end|>"
