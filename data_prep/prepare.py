@@ -131,7 +131,7 @@ class Work:
             items = [Item(row.source, tuple(texts_of(row))) for block, rows in chosen for row in _rows_of(block, rows)]
             index = Index.build(items, step.words, step.similarity)
             index.save(folder)
-            return {"items": len(items), "ignored": index.ignored}
+            return {"items": len(items), "ignored": index.ignored, "unmatched": len(index.unmatched)}
 
         return make_entry(entry(self.cache, "index", entry_key(decides, step.words, step.similarity)), build)
 

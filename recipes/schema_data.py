@@ -194,7 +194,9 @@ class Decontaminate(Section):
         ("eval",), description="eval (the held-out rows), names of benchmarks on the hub (gsm8k, mmlu, ...), or sources"
     )
     words: Annotated[Int, Field(ge=5, le=50)] = Field(13, description="words in a row that make an overlap")
-    similarity: Fraction | None = Field(0.6, description="Jaccard similarity of near-duplicates; null: n-grams alone")
+    similarity: Fraction | None = Field(
+        0.4, description="similarity (Jaccard, of word runs) of texts that count as the same; null: n-grams alone"
+    )
 
     @field_validator("against")
     @classmethod

@@ -66,19 +66,6 @@ def steps(problem: Problem) -> str:
     return "\n".join(lines)
 
 
-def counted(problem: Problem) -> str:
-    """The steps as the rows work them: tens at once, ones and products counted off one by one. A model of a few million
-    parameters knows what follows a number long before it knows sums by heart, and the count says where to stop."""
-    a, b = problem.a, problem.b
-    if problem.operation == "multiply":
-        return "\n".join(f"{k}: {b * k}" for k in range(1, a + 1))
-    sign, by = SIGNS[problem.operation], 1 if problem.operation == "add" else -1
-    tens, ones = b // 10 * 10, b % 10
-    middle = a + by * tens
-    lines = [f"{b} = {tens} + {ones}", f"{a} {sign} {tens} = {middle}"] if tens else []
-    return "\n".join([*lines, *(f"{k}: {middle + by * k}" for k in range(1, ones + 1))])
-
-
 def wording(rng: random.Random, problem: Problem) -> str:
     """The problem as an expression or as a short word problem."""
     writer = Writer(rng, {"a": str(problem.a), "b": str(problem.b)})
@@ -88,7 +75,7 @@ def wording(rng: random.Random, problem: Problem) -> str:
 def row(rng: random.Random, problem: Problem) -> dict[str, Any]:
     """A chat row with worked steps in `reasoning_content` and the bare number as content and as `answer`."""
     answer = str(problem.answer)
-    reply = {"role": "assistant", "content": answer, "reasoning_content": counted(problem)}
+    reply = {"role": "assistant", "content": answer, "reasoning_content": steps(problem)}
     return {"messages": [{"role": "user", "content": wording(rng, problem)}, reply], "answer": answer}
 
 
@@ -104,9 +91,8 @@ def rows(seed: int, count: int, heldout: bool) -> list[dict[str, Any]]:
 
 def chat(rng: random.Random, thinking: float) -> list[dict[str, str]]:
     """A conversation on a train-side problem; a share of `thinking` shows the steps, the rest answers in a sentence."""
-    problem = draw(rng, heldout=False)
-    user, reply = row(rng, problem)["messages"]
-    reply["reasoning_content"] = steps(problem)
+    made = row(rng, draw(rng, heldout=False))
+    user, reply = made["messages"]
     if rng.random() >= thinking:
         content = rng.choice(("{n}", "It is {n}.", "The answer is {n}.")).format(n=reply["content"])
         reply = {"role": "assistant", "content": content}

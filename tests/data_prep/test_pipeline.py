@@ -144,6 +144,32 @@ def test_one_large_group_cannot_be_split(make_recipe: Callable[..., Path], tmp_p
         run(make_recipe, tmp_path / "run", train=[{"path": str(path)}], eval={"fraction": 0.2})
 
 
+def test_training_rows_that_overlap_are_dropped(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    questions = texts(6, seed=5, low=18, high=24)
+    held = write_rows(tmp_path / "held.jsonl", [chat(questions[0])])
+    known = tmp_path / "known.csv"
+    known.write_text(f"question,answer\n{questions[1]},yes\n")
+    told = " ".join(["well", *questions[2].split()[:5], "so", *questions[2].split()[5:]])
+    rows = [chat(f"Please: {questions[0]}"), chat(questions[1]), chat(told), chat(questions[3])]
+    path = write_rows(tmp_path / "r.jsonl", rows)
+    benchmark = {"path": str(known), "columns": {"text": "question"}}
+    step = {"decontaminate": {"against": ["eval", benchmark], "similarity": None}}
+    data = {"train": [{"path": str(path)}], "eval": [{"path": str(held)}], "steps": [step]}
+    prepared = run(make_recipe, tmp_path / "run", **data)
+    assert prepared.counts["dropped"] == {"contaminated": 2} and prepared.counts["eval_rows"] == 1
+    details = [json.loads(line)["detail"] for line in (prepared.folder / "dropped.jsonl").open()]
+    assert details[0].startswith(f"n-gram of {held}:1, 100%: {questions[0].split()[0]}"), details
+    assert details[1].startswith(f"n-gram of {known}:2, 100%: ")
+    assert [i["role"] for i in prepared.manifest["inputs"]] == ["data", "eval", "benchmark"]
+    # Rows held out of the training sources themselves are compared with as well.
+    own, other = texts(40, seed=6, low=18, high=20), texts(40, seed=7, low=18, high=20)
+    both = [chat(f"{there} {' '.join(here.split()[:14])}") for here, there in zip(own, other, strict=True)]
+    path = write_rows(tmp_path / "s.jsonl", [*map(chat, own), *both])
+    data = {"train": [{"path": str(path)}], "eval": {"fraction": 0.2, "near": None}, "steps": ["decontaminate"]}
+    prepared = run(make_recipe, tmp_path / "split", **data)
+    assert prepared.counts["eval_rows"] == 16 and 8 <= prepared.counts["dropped"]["contaminated"] <= 16
+
+
 def test_a_mixture_keeps_its_proportions(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", [chat(t) for t in texts(90, seed=1)])
     two = write_rows(tmp_path / "two.jsonl", [chat(t) for t in texts(20, seed=2)])
