@@ -16,6 +16,7 @@ Offsets = NDArray[np.int64]
 # Scripts without spaces between words: every character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_ASCII = "".join(chr(code).lower() if chr(code).isalnum() else " " for code in range(128))
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _VOCABULARY = 1_000_000  # hashed words remembered per process, so that memory stays flat
 
@@ -34,9 +35,9 @@ _HASHES = _WordHashes()
 def words(text: str) -> list[str]:
     """Words in lower case without punctuation; each character of a script that writes no spaces. A text of
     punctuation alone is one word."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return _WORD.findall(text.casefold()) or [text.strip()]
+    if text.isascii():  # the same words, found three times as fast
+        return text.translate(_ASCII).split() or [text.strip()]
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold()) or [text.strip()]
 
 
 def hash_words(texts: Sequence[str]) -> tuple[Hashes, Offsets]:
@@ -44,7 +45,7 @@ def hash_words(texts: Sequence[str]) -> tuple[Hashes, Offsets]:
     flat: list[int] = []
     ends = [0]
     for text in texts:
-        flat.extend([_HASHES[word] for word in words(text)])
+        flat.extend(map(_HASHES.__getitem__, words(text)))
         ends.append(len(flat))
     return np.array(flat, dtype=np.uint64), np.array(ends, dtype=np.int64)
 
