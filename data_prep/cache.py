@@ -135,7 +135,7 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], count: int, what:
     if count == 1 or len(jobs) < 2:
         yield from progress(map(work, jobs), what, len(jobs))
         return
-    pool = ProcessPoolExecutor(min(count, len(jobs)), multiprocessing.get_context("spawn"), _alone)
+    pool = ProcessPoolExecutor(min(count, len(jobs)), _context(), _alone)
     try:
         yield from progress(pool.map(work, jobs), what, len(jobs))
     except BrokenProcessPool:
@@ -143,6 +143,17 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], count: int, what:
         raise RetortError("a process was killed", what, remedy) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@lru_cache(maxsize=1)
+def _context() -> Any:
+    """Processes are forked from a clean one that has loaded the heavy libraries once, for both passes; where there is
+    no fork each starts anew."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_prep.workers"])
+    return context
 
 
 def _alone() -> None:

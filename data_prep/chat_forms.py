@@ -15,7 +15,6 @@ from typing import Any
 from data_prep.chat_markers import Field
 from data_prep.chat_render import Message, normalise
 from data_prep.chat_spans import Spans, Turn
-from recipes.errors import DataError
 
 Form = tuple[tuple[str, tuple[str, ...]], ...]
 _STRINGS = {"content": "content", "reasoning_content": "reasoning"}
@@ -86,15 +85,9 @@ class Forms:
         text = "".join(parts)
         ready, template = normalise(messages), self.spans.template
         start, end = (place[1] + sizes[place[0]] for place in (skeleton.start, skeleton.end))
-        if template.has_tags:
-            try:
-                full = template.render(ready, None)
-            except DataError:
-                return None
-            if full.text != text or not any(tag[0] == start and tag[1] >= end for tag in full.tags):
-                return None
-        elif template.plain(ready) != text:
+        if template.plain(ready) != text:
             return None
+        # The prompt ends where the turn begins, whatever the template's generation tags say about it.
         if template.plain(ready[:-1], prompt=True) != text[:start]:
             return None
         return text, [replace(skeleton.turn, start=start, end=end)]

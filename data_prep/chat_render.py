@@ -105,7 +105,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, variables: dict[str, Any]) -> None:
         try:
-            self._env = _compile_jinja_template(source).environment
+            self._untracked = _compile_jinja_template(source)
+            self._env = self._untracked.environment
             tree = self._env.parse(source)
         except TemplateError as error:
             raise DataError(f"the chat template does not parse: {error}") from error
@@ -119,10 +120,6 @@ class ChatTemplate:
         # One clock per template, so that two renderings of a row cannot differ by the second between them.
         self._now = datetime.now()
         self.has_tags = any(node.name == "_generation_support" for node in tree.find_all(nodes.ExtensionAttribute))
-
-    @staticmethod
-    def _nothing(*_: object) -> None:
-        """Stands for the tracker where nobody asks who wrote what."""
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool = False) -> Rendered:
         """Render messages that `normalise` has prepared; `prompt` adds the generation prompt.
@@ -149,16 +146,12 @@ class ChatTemplate:
 
     def plain(self, messages: Sequence[Message], prompt: bool = False) -> str | None:
         """The text of a rendering without tools, and nothing about it; None where the template fails."""
-        nothing = self._nothing
-        variables = self._values(messages, None, prompt, nothing, nothing, nothing)
         try:
-            return self._template.render(variables)
+            return str(self._untracked.render(self._values(messages, None, prompt)))
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
             return None
 
-    def _values(
-        self, messages: Sequence[Message], tools: Any, prompt: bool, push: Any, enter: Any, pop: Any
-    ) -> dict[str, Any]:
+    def _values(self, messages: Sequence[Message], tools: Any, prompt: bool) -> dict[str, Any]:
         return {
             **self._variables,
             "messages": list(messages),
@@ -166,15 +159,13 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": prompt,
             "strftime_now": self._now.strftime,
-            "retort_push": push,
-            "retort_enter": enter,
-            "retort_pop": pop,
         }
 
     def _stream(
         self, messages: Sequence[Message], tools: Any, prompt: bool, tracker: _Tracker, blocks: list, tags: list
     ) -> Iterator[str]:
-        variables = self._values(messages, tools, prompt, tracker.push, tracker.enter, tracker.pop)
+        track = {"retort_push": tracker.push, "retort_enter": tracker.enter, "retort_pop": tracker.pop}
+        variables = {**self._values(messages, tools, prompt), **track}
         if not self.has_tags:
             yield from self._template.generate(variables)
             return

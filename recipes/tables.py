@@ -22,7 +22,7 @@ from recipes.errors import DataError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
-PART_BYTES = 4 << 20  # JSON Lines: a part ends with the first line that passes this size
+PART_BYTES = 2 << 20  # JSON Lines: a part ends with the first line that passes this size
 PART_ROWS = 50_000  # Parquet: a part ends with the first row group that passes this number of rows
 
 
