@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from recipes.lineage import canonical_json, sha256_json
+from recipes.lineage import canonical_json
 
 Message = dict[str, Any]
 Kind = Literal["chat", "text", "preference", "labelled", "prompt"]
@@ -44,10 +45,14 @@ class Row:
     @cached_property
     def id(self) -> str:
         """Content hash: equal rows have equal ids, whichever file they came from."""
-        content: list[Any] = [self.messages, self.text, self.tools]
+        parts = [self._written, canonical_json(self.text), canonical_json(self.tools)]
         if self.chosen or self.label is not None:
-            content += [self.chosen, self.rejected, self.label]
-        return sha256_json(content)[:16]
+            parts += map(canonical_json, (self.chosen, self.rejected, self.label))
+        return hashlib.sha256(f"[{','.join(parts)}]".encode()).hexdigest()[:16]
+
+    @cached_property
+    def _written(self) -> str:
+        return canonical_json(self.messages)
 
     @property
     def kind(self) -> Kind:
@@ -128,7 +133,7 @@ def encode(row: Row) -> dict[str, Any]:
         "_id": row.id,
         "_source": row.source,
         "_group": row.group,
-        "messages": canonical_json(row.messages) if row.messages else None,
+        "messages": row._written if row.messages else None,
         "text": row.text,
         "tools": canonical_json(row.tools) if row.tools else None,
         "chosen": canonical_json(row.chosen) if row.chosen else None,
@@ -155,5 +160,8 @@ def decode(stored: Mapping[str, Any]) -> Row:
         part("extra") or {},
         None if stored["_group"] == stored["_id"] else stored["_group"],
     )
-    row.__dict__["id"] = stored["_id"]  # fills the cached property: hashing again costs more than reading
+    # Fills the cached properties: to hash and write again costs more than to read.
+    row.__dict__["id"] = stored["_id"]
+    if stored["messages"]:
+        row.__dict__["_written"] = stored["messages"]
     return row
