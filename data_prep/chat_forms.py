@@ -1,8 +1,8 @@
 """Chats of a form that was proven before: the spans of another one, checked instead of derived.
 
 Most rows of a data set differ in their words alone. Once chat_spans.py has worked out one chat of a form (roles,
-fields, no tools, one assistant turn at the end), the rendering of the next is predicted by putting its strings in the
-places of the first one's. Only if the template's own renderings of the chat and of its prompt are, character by
+fields, no tools), the rendering of the next is predicted by putting its strings in the places of the first one's. Only
+if the template's own renderings of the chat, of every prompt and of every turn as the last one are, character by
 character, the predicted ones are the spans taken over; anything else goes the long way.
 """
 
@@ -16,23 +16,21 @@ from data_prep.chat_markers import Field
 from data_prep.chat_render import Message, normalise
 from data_prep.chat_spans import Spans, Turn
 
-Form = tuple[tuple[str, tuple[str, ...]], ...]
+Form = tuple[Any, ...]
+Place = tuple[
+    int, int
+]  # a position in a rendering: strings of the chat before it, characters of the template before it
 _STRINGS = {"content": "content", "reasoning_content": "reasoning"}
 _PLAIN = {"role", "content", "reasoning_content", "thinking"}
 
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """A rendering with holes: `literals[i]` stands before the string of `holes[i]`, the last one at the end.
-
-    `start` and `end` of the turn are pairs: holes before it, characters of the literals before it.
-    """
+    """A rendering with holes: `literals[i]` stands before the string of `holes[i]`, the last one at the end."""
 
     literals: tuple[str, ...]
     holes: tuple[tuple[int, str], ...]
-    start: tuple[int, int]
-    end: tuple[int, int]
-    turn: Turn
+    turns: tuple[tuple[Turn, Place, Place], ...]
 
 
 class Forms:
@@ -49,7 +47,7 @@ class Forms:
         Raises:
             DataError: as `Spans.find`.
         """
-        form = self._form(messages) if not tools else None
+        form = self._form(messages, train_on) if not tools else None
         skeleton = self._known.get(form) if form is not None else None
         if skeleton is not None and (found := self._checked(skeleton, messages)) is not None:
             return found
@@ -58,9 +56,9 @@ class Forms:
             self._known[form] = _learn(messages, text, turns, fields)
         return text, turns
 
-    def _form(self, messages: Sequence[Message]) -> Form | None:
+    def _form(self, messages: Sequence[Message], train_on: Any) -> Form | None:
         """Roles and fields of a plain chat; None for a chat that always goes the long way."""
-        if [m.get("role") for m in messages].count("assistant") != 1 or messages[-1].get("role") != "assistant":
+        if messages[-1].get("role") != "assistant":
             return None
         for message in messages:
             if not message.keys() <= _PLAIN:
@@ -73,29 +71,38 @@ class Forms:
                     return None
                 if any(token in value for token in self._special):
                     return None
-        return tuple((str(m["role"]), tuple(sorted(m))) for m in messages)
+        return (train_on, *((str(m["role"]), tuple(sorted(m))) for m in messages))
 
     def _checked(self, skeleton: _Skeleton, messages: Sequence[Message]) -> tuple[str, list[Turn]] | None:
+        """Text and turns as predicted, if the template renders the chat, every prompt and every turn so too."""
         parts = [skeleton.literals[0]]
-        sizes = [0]  # characters of the strings before hole i
+        sizes = [0]  # characters of the first i strings
         for (message, key), literal in zip(skeleton.holes, skeleton.literals[1:], strict=True):
             string = messages[message][key].strip()
             parts += (string, literal)
             sizes.append(sizes[-1] + len(string))
         text = "".join(parts)
-        ready, template = normalise(messages), self.spans.template
-        start, end = (place[1] + sizes[place[0]] for place in (skeleton.start, skeleton.end))
-        if template.plain(ready) != text:
+        ready, plain = normalise(messages), self.spans.template.plain
+        if plain(ready) != text:
             return None
-        # The prompt ends where the turn begins, whatever the template's generation tags say about it.
-        if template.plain(ready[:-1], prompt=True) != text[:start]:
-            return None
-        return text, [replace(skeleton.turn, start=start, end=end)]
+        turns = []
+        for turn, *places in skeleton.turns:
+            start, end = (place[1] + sizes[place[0]] for place in places)
+            if plain(ready[: turn.message], prompt=True) != text[:start]:
+                return None
+            if turn.message < len(ready) - 1:  # the turn as the last one must read the same, or it is rewritten later
+                alone = plain(ready[: turn.message + 1])
+                if alone is None or alone[:end] != text[:end] or alone[end:].strip():
+                    return None
+            turns.append(replace(turn, start=start, end=end))
+        return text, turns
 
 
 def _learn(messages: Sequence[Message], text: str, turns: list[Turn], fields: list[Field] | None) -> _Skeleton | None:
     """The skeleton of a chat whose spans are proven; None where its strings do not stand once each, in the open."""
-    if fields is None or len(turns) != 1 or turns[0].strategy == "markers":
+    if fields is None or any(turn.strategy == "markers" or turn.rewritten for turn in turns):
+        return None
+    if len({turn.message for turn in turns}) < len(turns):  # generation tags cut a turn in pieces
         return None
     keys = {kind: key for key, kind in _STRINGS.items()}
     places = sorted((f.spans[0], f.message, keys.get(f.kind, "")) for f in fields if len(f.spans) == 1)
@@ -109,14 +116,13 @@ def _learn(messages: Sequence[Message], text: str, turns: list[Turn], fields: li
         at = stop
     literals.append(text[at:])
 
-    def hole(position: int) -> tuple[int, int] | None:
-        """(holes before a position, characters of the literals before it); None inside a string."""
+    def place(position: int) -> Place | None:
         before = [span for span, _, _ in places if span[1] <= position]
         if any(span[0] < position < span[1] for span, _, _ in places):
             return None
         return len(before), position - sum(span[1] - span[0] for span in before)
 
-    start, end = hole(turns[0].start), hole(turns[0].end)
-    if start is None or end is None:
-        return None
-    return _Skeleton(tuple(literals), tuple((m, key) for _, m, key in places), start, end, turns[0])
+    found = [(turn, place(turn.start), place(turn.end)) for turn in turns]
+    known = tuple((turn, start, end) for turn, start, end in found if start is not None and end is not None)
+    holes = tuple((message, key) for _, message, key in places)
+    return _Skeleton(tuple(literals), holes, known) if len(known) == len(turns) else None

@@ -353,9 +353,14 @@ def test_the_quick_way_gives_what_the_long_way_gives(real):
         chats.append([user(text), assistant(answer)])
         chats.append([{"role": "system", "content": "Be brief."}, *chats[-1]])
         chats.append([user(text), assistant(answer, reasoning_content=text or "so")])
+        chats.append(
+            [user(text), assistant(answer), user("And?"), assistant(text or "so"), user("So?"), assistant("y")]
+        )
     forms = _forms(tokenizer, None, None, kwargs)
     for chat in chats:
-        assert outcome(partial(forms.find, chat, None, "all")) == outcome(partial(forms.spans.find, chat, None, "all"))
+        for mode in ("all", "last"):
+            quick, slow = (outcome(partial(way.find, chat, None, mode)) for way in (forms, forms.spans))
+            assert quick == slow
     together = mask_chats(chats, tokenizer, tools=[None] * len(chats), template_kwargs=kwargs)
     for chat, masked in zip(chats, together, strict=True):
         alone = outcome(partial(mask_chat, chat, tokenizer, template_kwargs=kwargs))
@@ -366,7 +371,10 @@ def test_the_quick_way_is_taken():
     tokenizer = byte_tokenizer()
     forms = _forms(tokenizer, None, None, None)
     forms.find([user("a"), assistant("b")], None, "all")
+    forms.find([user("a"), assistant("b"), user("c"), assistant("d")], None, "all")
     calls = []
     forms.spans.derive = lambda *arguments: calls.append(arguments)
     text, (turn,) = forms.find([user("other words"), assistant("and an answer")], None, "all")
     assert not calls and text[turn.start : turn.end] == "and an answer<|im_end|>"
+    text, turns = forms.find([user("1"), assistant("22"), user("333"), assistant("4444")], None, "all")
+    assert not calls and [text[t.start : t.end] for t in turns] == ["22<|im_end|>", "4444<|im_end|>"]
