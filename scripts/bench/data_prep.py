@@ -360,7 +360,7 @@ def _reasons(made: dict[str, Any]) -> str:
 
 
 class Watch(threading.Thread):
-    """Follows this process and the largest of those that it starts, in KiB.
+    """Follows this process and the largest of those below it (preparation forks from a child), in KiB.
 
     getrusage would not do for children: one that is started from a large process has that one's peak as its own
     (Linux keeps ru_maxrss over exec), be it only `git`. /proc tells of the new program alone.
@@ -374,10 +374,12 @@ class Watch(threading.Thread):
     def run(self) -> None:
         while not self.done.wait(WATCH):
             self.own = max(self.own, _status("self").get("RssAnon", 0))
-            for process in filter(str.isdigit, os.listdir("/proc")):
-                found = _status(process)
-                if found.get("PPid") == os.getpid():
-                    self.child = max(self.child, found.get("VmHWM", 0))
+            found = {int(process): _status(process) for process in filter(str.isdigit, os.listdir("/proc"))}
+            below = {os.getpid()}
+            while more := {n for n, status in found.items() if status.get("PPid") in below} - below:
+                below |= more
+            mine = [found[n].get("VmHWM", 0) for n in below - {os.getpid()} if n in found]
+            self.child = max([self.child, *mine])
 
 
 def _status(process: str) -> dict[str, int]:
