@@ -19,6 +19,7 @@ from recipes.errors import RetortError
 
 SHARD_ROWS = 50_000
 STATISTICS = "statistics.json"
+PERCENTILES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
 BARS = 40  # bars of a length histogram
 NAMES = ("train", "eval")
 
@@ -107,9 +108,6 @@ def _counts(
     if rows_in != rows_out + out.total():
         raise RetortError(f"{rows_in} rows came in, {rows_out} + {out.total()} left: a row was lost")
     train = lengths["train"]
-    shortest, p50, p90, p99, longest = (
-        (int(v) for v in np.percentile(train, [0, 50, 90, 99, 100])) if len(train) else [0] * 5
-    )
     return {
         "rows_in": rows_in,
         "rows_out": rows_out,
@@ -120,7 +118,7 @@ def _counts(
         "trained_tokens": sum(int(part.statistics["trained_tokens"]["train"]) for part in parts),
         "eval_tokens": int(lengths["eval"].sum(dtype=np.int64)),
         "packs": count_packs(train, seq_len),
-        "length": {"min": shortest, "p50": p50, "p90": p90, "p99": p99, "max": longest},
+        "length": percentiles(train),
         "requests": total("requests"),
         "truncated_rows": total("truncated_rows"),
         "lost_tokens": total("lost_tokens"),
@@ -128,9 +126,16 @@ def _counts(
 
 
 def histogram(values: NDArray[np.int32]) -> dict[str, Any]:
-    """Counts of lengths in equal bars from 0 to the longest."""
+    """Counts of lengths in equal bars from 0 to the longest, and their percentiles."""
     width = max(1, -(-int(values.max()) // BARS))
-    return {"width": width, "counts": np.bincount((values - 1) // width, minlength=1).tolist()}
+    counts = np.bincount((values - 1) // width, minlength=1).tolist()
+    return {"width": width, "counts": counts, "percentiles": percentiles(values)}
+
+
+def percentiles(values: NDArray[np.int32]) -> dict[str, int]:
+    """Shortest, median, 90 %, 99 % and longest; zeros where there are no values."""
+    found = np.percentile(values, list(PERCENTILES.values())) if len(values) else [0] * len(PERCENTILES)
+    return {name: int(value) for name, value in zip(PERCENTILES, found, strict=True)}
 
 
 def count_packs(lengths: Iterable[int] | NDArray[np.int32], seq_len: int) -> int:

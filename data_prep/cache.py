@@ -8,6 +8,7 @@ the cache lies with the runs, and what no run has used for a month is removed.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 STATISTICS = "statistics.json"  # written last into an entry
 KEEP_DAYS = 30
+PRELOADED = "data_prep.workers"
 FEW_BYTES = 4 << 20  # less input than this is done in this process: starting others takes longer
 # Libraries whose release may change the bytes of an entry.
 _DECIDING = ("pyarrow", "rensa", "xxhash", "ftfy", "py3langid", "phonenumbers", "tokenizers", "pypdf", "python-docx")
@@ -152,12 +154,10 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.workers"])
+    context.set_forkserver_preload([PRELOADED])
     return context
 
 
 def _alone() -> None:
-    """Each process has one core: the libraries' own threads would only fight for it."""
-    for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ[name] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    """One core for each process: workers.py says so, which a forked process has loaded already."""
+    importlib.import_module(PRELOADED)

@@ -71,8 +71,8 @@ def reason_of(code: int) -> str:
 class _Side:
     """The rows of the training or of the held-out sources, in order."""
 
-    def __init__(self, recipe: Recipe, blocks: Sequence[Block]) -> None:
-        self.recipe, self.blocks = recipe, blocks
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
         keys = [block.keys() for block in blocks]
         self.keys = np.concatenate(keys) if keys else np.zeros(0, dtype=[("dropped_at", "<i2")])
         self.sizes = [len(part) for part in keys]
@@ -146,7 +146,7 @@ def decide(recipe: Recipe, train: Sequence[Block], held_out: Sequence[Block], so
     Raises:
         DataError: too few rows to hold any out.
     """
-    sides = _Side(recipe, train), _Side(recipe, held_out)
+    sides = _Side(train), _Side(held_out)
     last = len(recipe.data.steps)
     for side, role in zip(sides, ("train", "eval"), strict=True):
         for comparison in comparisons(recipe, role):  # type: ignore[arg-type]

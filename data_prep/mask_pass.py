@@ -25,7 +25,6 @@ from data_prep.tokens import Tokenizer, load_tokenizer
 from recipes.errors import DataError
 from recipes.schema import Recipe
 
-BATCH = 2048  # rows held in memory
 PARTS = {TRAIN: "train", EVAL: "eval"}
 
 
@@ -134,13 +133,11 @@ class _Pass:
 
     def _batches(self, drops: IO[str]) -> Iterator[list[tuple[int, Row]]]:
         """Rows that were decided to be kept, with the part they belong to; the others are written to `drops`."""
-        import pyarrow.parquet as pq
-
         number = 0
         role = TRAIN if self.job.block.role == "train" else EVAL
-        for stored in pq.ParquetFile(self.job.block.folder / "rows.parquet").iter_batches(BATCH):
+        for stored in self.job.block.batches():
             kept = []
-            for columns in stored.to_pylist():
+            for columns in stored:
                 code, detail = int(self.job.decision.codes[number]), self.job.decision.details.get(number, "")
                 number += 1
                 row = decode(columns)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from data_prep.decide import EVAL, TRAIN, Decided, decide
 from data_prep.mask_pass import MaskJob, Part, mask_block, texts_of
 from data_prep.read_pass import Block, ReadJob, Role, read_block
 from data_prep.readers import Scan, scan
-from data_prep.rows import decode
+from data_prep.rows import Row, decode
 from data_prep.tokens import Tokenizer, load_tokenizer
 from recipes.errors import DataError, GateError
 from recipes.evidence import to_record
@@ -136,18 +137,14 @@ class Work:
         return make_entry(entry(self.cache, "index", entry_key(decides, step.words, step.similarity)), build)
 
 
-def _rows_of(block: Block, numbers: list[int] | None) -> Any:
-    import pyarrow.parquet as pq
-
+def _rows_of(block: Block, numbers: list[int] | None) -> Iterator[Row]:
+    """Rows of a block by their numbers, in order; all of them for None."""
     if numbers == []:
         return
     wanted = None if numbers is None else set(numbers)
-    number = 0
-    for batch in pq.ParquetFile(block.folder / "rows.parquet").iter_batches(2048):
-        for columns in batch.to_pylist():
-            if wanted is None or number in wanted:
-                yield decode(columns)
-            number += 1
+    for number, columns in enumerate(chain.from_iterable(block.batches())):
+        if wanted is None or number in wanted:
+            yield decode(columns)
 
 
 def begin(recipe: Recipe, run_dir: Path) -> Work:

@@ -104,6 +104,13 @@ class Block:
     def rows(self) -> int:
         return int(self.statistics["rows"])
 
+    def batches(self) -> Iterator[list[dict[str, Any]]]:
+        """The stored rows as columns, in order, BATCH at a time."""
+        import pyarrow.parquet as pq
+
+        for batch in pq.ParquetFile(self.folder / "rows.parquet").iter_batches(BATCH):
+            yield batch.to_pylist()
+
     def keys(self) -> NDArray[Any]:
         """One KEYS entry per stored row."""
         return np.fromfile(self.folder / "keys.bin", dtype=KEYS)

@@ -92,7 +92,7 @@ class Row:
         return "\n".join(_content(m) for m in said if m["role"] not in {"system", "developer"})
 
     def map_texts(self, change: Callable[[str], str], inside_calls: bool = False) -> Row:
-        """The row with every text changed; `inside_calls` also the texts within tool calls."""
+        """The row with every text changed, itself where none is; `inside_calls` also the texts within tool calls."""
 
         def message(old: Message) -> Message:
             new = dict(old)
@@ -103,13 +103,12 @@ class Row:
                 new["tool_calls"] = _leaves(new["tool_calls"], change)
             return new
 
-        return replace(
-            self,
-            messages=tuple(map(message, self.messages)),
-            text=None if self.text is None else change(self.text),
-            chosen=tuple(map(message, self.chosen)),
-            rejected=tuple(map(message, self.rejected)),
-        )
+        parts = (self.messages, self.chosen, self.rejected)
+        messages, chosen, rejected = (tuple(map(message, part)) for part in parts)
+        text = None if self.text is None else change(self.text)
+        if (messages, chosen, rejected, text) == (*parts, self.text):
+            return self  # its hash is known
+        return replace(self, messages=messages, text=text, chosen=chosen, rejected=rejected)
 
 
 def _content(message: Message) -> str:

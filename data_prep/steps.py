@@ -75,16 +75,18 @@ def _length(options: Length, model: Model) -> RowStep:
 def _quality(options: Quality, _: Model) -> RowStep:
     from data_prep.quality import DEFAULTS, faults
 
-    own = {str(name): limit for name, limit in options.rules.items()}
+    def limits(**defaults: float | None) -> dict[str, float]:
+        asked: dict[str, float | None] = {**DEFAULTS, **defaults, **{str(k): v for k, v in options.rules.items()}}
+        return {name: limit for name, limit in asked.items() if limit is not None}
+
     # The paper's least length is that of a web page; an answer may be shorter.
-    prose, answers = ({**DEFAULTS, **own}, {**DEFAULTS, "min_words": None, **own})
+    prose, answers = limits(), limits(min_words=None)
 
     def run(row: Row) -> Row | Drop:
         text = row.text if row.text is not None else row.whole if options.on == "row" else row.reference
         if row.text is None and len(words(text)) < SHORT_ANSWER:
             return row
-        limits: dict[str, float | None] = {**(prose if row.text is not None else answers)}
-        found = faults(text, {name: limit for name, limit in limits.items() if limit is not None})
+        found = faults(text, prose if row.text is not None else answers)
         return Drop("quality", "; ".join(found)) if found else row
 
     return run
@@ -103,7 +105,7 @@ def _pii(options: Pii, _: Model) -> RowStep:
         masked = row.map_texts(masker.mask, inside_calls=True)
         if options.action == "drop" and masker.counts:
             return Drop("pii", ", ".join(f"{count} {entity}" for entity, count in sorted(masker.counts.items())))
-        return masked if masker.counts else row
+        return masked
 
     return run
 

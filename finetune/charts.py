@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -250,13 +251,18 @@ def line_chart(
         right=right,
         top=top,
         bottom=bottom,
-        x_ticks=[Tick(float(to_x(t)), label) for t, label in zip(x_values, tick_labels(x_values), strict=True)],
-        y_ticks=[Tick(float(to_y(t * scale)), label) for t, label in zip(y_values, tick_labels(y_values), strict=True)],
+        x_ticks=_ticks(x_values, to_x),
+        y_ticks=_ticks(y_values, lambda t: to_y(t * scale)),
         raw=svg_path(to_x(xs[thin]), to_y(ys[thin])),
         smooth=svg_path(to_x(xs[thin]), to_y(average[thin])) if smooth and span > 1 else "",
         points=[Point(float(to_x(s)), float(to_y(v)), f"step {s:,.0f}: {point_name} {write(v)}") for s, v in points],
         hits=_hits(xs, ys, to_x(xs), to_y(ys), finite, write, (left, right)),
     )
+
+
+def _ticks(values: Sequence[float], place: Callable[[float], Any]) -> list[Tick]:
+    """Labelled ticks where `place` puts their values."""
+    return [Tick(float(place(t)), label) for t, label in zip(values, tick_labels(values), strict=True)]
 
 
 def _hits(
@@ -307,6 +313,9 @@ def bar_chart(
         )
         return Bar(left + number * slot, bottom - high, slot - min(1.5, slot / 4), high, text)
 
+    def to_x(value: float) -> float:
+        return left + value / reach * (right - left)
+
     x_values = [t for t in nice_ticks(0, reach, 6) if t <= reach]
     y_values = [t for t in highest if t == int(t)]
     return BarChart(
@@ -317,18 +326,10 @@ def bar_chart(
         left=left,
         right=right,
         bottom=bottom,
-        x_ticks=[
-            Tick(left + t / reach * (right - left), label)
-            for t, label in zip(x_values, tick_labels(x_values), strict=True)
-        ],
-        y_ticks=[
-            Tick(bottom - t / highest[-1] * (bottom - top), label)
-            for t, label in zip(y_values, tick_labels(y_values), strict=True)
-        ],
+        x_ticks=_ticks(x_values, to_x),
+        y_ticks=_ticks(y_values, lambda t: bottom - t / highest[-1] * (bottom - top)),
         bars=[bar(number, counted) for number, counted in enumerate(counts) if counted],
-        marks=[
-            Point(left + value / reach * (right - left), 14.0 + 18 * n, label) for n, (label, value) in enumerate(marks)
-        ],
+        marks=[Point(to_x(value), 14.0 + 18 * n, label) for n, (label, value) in enumerate(marks)],
     )
 
 

@@ -27,7 +27,6 @@ from finetune.data_rows import (
     differences,
     ends,
     kept_texts,
-    percentiles,
     read_dropped,
     spread_rows,
     text_of,
@@ -275,7 +274,7 @@ def _sources(data: Data) -> list[dict[str, Any]]:
 def _lengths(data: Data, name: str) -> dict[str, Any]:
     """The histogram of one part, with its percentiles in tokens."""
     shown = data.statistics["lengths"][name]
-    found = data.counts["length"] if name == "train" else percentiles(data.folder, name)
+    found = shown["percentiles"]
     marks = [(f"{label} {count(found[key])}", float(found[key])) for key, label in MARKED.items()]
     title = {"train": "Training rows", "eval": "Held-out rows"}[name]
     chart = charts.bar_chart(

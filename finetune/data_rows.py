@@ -24,7 +24,6 @@ LEAD = 60  # of them before the first word in which a copy differs
 SAMPLES = 5  # dropped rows shown of one reason
 CONTAMINATED, CONTAMINATED_SAMPLES = "contaminated", 12
 PERSONAL = "pii"  # the reason of rows whose texts are not copied out of dropped.jsonl
-PERCENTILES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
 _WORD = re.compile(r"\S+\s*|\s+")
 
 
@@ -145,20 +144,6 @@ def _first(stretches: Sequence[tuple[str, str]], most: int) -> Iterator[tuple[st
             return
         most -= len(text)
         yield kind, text
-
-
-def percentiles(folder: Path, name: str) -> dict[str, int]:
-    """min, p50, p90, p99 and max of the tokens of prepared rows. The masks are as long, and smaller to read."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    lengths = [
-        pc.list_value_length(batch["loss_mask"]).to_numpy(zero_copy_only=False)
-        for path in shards(folder, name)
-        for batch in pq.ParquetFile(path).iter_batches(columns=["loss_mask"])
-    ]
-    found = np.percentile(np.concatenate(lengths), list(PERCENTILES.values()))
-    return {key: int(value) for key, value in zip(PERCENTILES, found, strict=True)}
 
 
 def spread_rows(folder: Path, name: str, most: int) -> list[dict[str, Any]]:

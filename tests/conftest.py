@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,26 @@ def make_recipe(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+def missing_real_part(reason: str) -> None:
+    """Skip the test for want of a program; fail it where RETORT_REQUIRE_REAL_PARTS asks for every real part."""
+    if os.environ.get("RETORT_REQUIRE_REAL_PARTS"):
+        pytest.fail(f"{reason}, and RETORT_REQUIRE_REAL_PARTS asks for it")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real Chromium, for the tests beside browser.py."""
+    from browser import Browser, find_chromium
+
+    program = find_chromium()
+    if program is None:
+        missing_real_part("Chromium is not installed")
+    page = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield page
+    page.close()
 
 
 def run_train(recipe: Path, *options: str, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import missing_real_part
 
 CONFIGURATION = """\
 ClusterName=test
@@ -63,9 +64,7 @@ def _ports(count: int) -> list[int]:
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
     """Start a cluster in `folder`; yields the environment for its commands."""
     if reason := missing():
-        if os.environ.get("RETORT_REQUIRE_REAL_PARTS"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing_real_part(reason)
     # Paths of sockets are short; munge wants folders that only its user can write to.
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("state", "spool.n1", "spool.n2"):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import Browser, find_chromium
+from browser import Browser
 from conftest import run_cli, write_rows
 
 from data_prep.assemble import read_rows
@@ -256,18 +255,6 @@ def test_a_histogram_has_a_bar_for_every_length() -> None:
     assert chart.bars[0].height == 2 * chart.bars[1].height and chart.marks[1].x == chart.right
     assert [tick.label for tick in chart.y_ticks] == ["0", "1", "2"]
     assert bar_chart("Rows", [], 1, width=500, height=250, axis="tokens") is None
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        if os.environ.get("RETORT_REQUIRE_REAL_PARTS") == "1":
-            pytest.fail("Chromium is not installed, and RETORT_REQUIRE_REAL_PARTS=1 asks for it")
-        pytest.skip("Chromium is not installed")
-    page = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield page
-    page.close()
 
 
 def test_the_page_in_the_browser(browser: Browser, prepared: Prepared, tmp_path: Path) -> None:

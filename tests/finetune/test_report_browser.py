@@ -1,29 +1,15 @@
 """The report in a real Chromium, opened from the disk with the network switched off."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, find_chromium
+from browser import Browser
 from run_fixture import write_run
 
 from finetune.report import write_report
 
 WIDTHS = (390, 1280)
 UNFINISHED = ("manifest.json", "eval.json", "metrics.jsonl")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        if os.environ.get("RETORT_REQUIRE_REAL_PARTS") == "1":
-            pytest.fail("Chromium is not installed, and RETORT_REQUIRE_REAL_PARTS=1 asks for it")
-        pytest.skip("Chromium is not installed")
-    page = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield page
-    page.close()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
