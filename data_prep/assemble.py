@@ -104,6 +104,7 @@ def _counts(
 
     rows_in = sum(block.statistics["rows_in"] for block in blocks)
     rows_out = sum(part.statistics["rows"][name] for part in parts for name in NAMES)
+    lines = {name: sum(int(part.statistics["lines"][name]) for part in parts) for name in NAMES}
     out = dropped(blocks, parts)
     if rows_in != rows_out + out.total():
         raise RetortError(f"{rows_in} rows came in, {rows_out} + {out.total()} left: a row was lost")
@@ -112,8 +113,8 @@ def _counts(
         "rows_in": rows_in,
         "rows_out": rows_out,
         "dropped": dict(sorted(out.items())),
-        "train_rows": len(train),
-        "eval_rows": len(lengths["eval"]),
+        "train_rows": lines["train"],
+        "eval_rows": lines["eval"],
         "train_tokens": int(train.sum(dtype=np.int64)),
         "trained_tokens": sum(int(part.statistics["trained_tokens"]["train"]) for part in parts),
         "eval_tokens": int(lengths["eval"].sum(dtype=np.int64)),

@@ -4,7 +4,7 @@ Memory stays flat: a batch of rows is held, never a block."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from data_prep.cache import entry, entry_key, make_entry, statistics
 from data_prep.decide import BY_ROW_STEP, EVAL, TRAIN, Decision, reason_of
-from data_prep.masks import Masked, mask_chats, mask_text
+from data_prep.lines import Line, lines_of, trained
+from data_prep.masks import Masked
 from data_prep.read_pass import Block, open_drops, row_schema, write_drop
 from data_prep.requests import requests_of
 from data_prep.rows import STORED, Row, decode, encode
 from data_prep.steps import Drop
-from data_prep.tokens import Tokenizer, load_tokenizer
+from data_prep.tokens import load_tokenizer
 from recipes.errors import DataError
 from recipes.schema import Recipe
 
@@ -47,8 +48,8 @@ class MaskJob:
     @property
     def key(self) -> str:
         data = self.recipe.data
-        asked: list[Any] = [data.train_on, data.too_long, data.on_bad_row, self.recipe.train.seq_len]
-        asked += [self.recipe.method.on, [task.model_dump() for task in data.requests]]
+        asked: list[Any] = [data.train_on, data.too_long, data.on_bad_row, self.recipe.longest_row]
+        asked += [self.recipe.method.kinds, [task.model_dump() for task in data.requests]]
         index = self.index.name if self.index is not None else None
         kwargs = self.recipe.model.template_kwargs
         content = self.block.statistics["sha256"]
@@ -60,14 +61,15 @@ class Part:
     """The tokenised rows of a block.
 
     Attributes:
-        statistics: rows (kept, by part), dropped (by reason), truncated_rows, lost_tokens, trained_tokens.
+        statistics: rows (kept, by part), lines (made of them, by part),
+            dropped (by reason), truncated_rows, lost_tokens, trained_tokens.
     """
 
     folder: Path
     statistics: dict[str, Any]
 
     def lengths(self, name: str) -> NDArray[np.int32]:
-        """Tokens of every sequence of `train` or `eval`."""
+        """Tokens of every sequence of `train` or `eval`; a pair has two."""
         return np.fromfile(self.folder / f"{name}.lengths", dtype=np.int32)
 
 
@@ -96,6 +98,7 @@ class _Pass:
         self.tokenizer = load_tokenizer(job.recipe.model)
         self.dropped: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
+        self.lines: Counter[str] = Counter()
         self.truncated = self.lost = self.requests = 0
         self.trained: Counter[str] = Counter()
 
@@ -121,9 +124,12 @@ class _Pass:
                     if made := list(self._lines(PARTS[code], rows, drops)):
                         writer, lengths = writers[PARTS[code]]
                         writer.write_table(pa.Table.from_pylist(made, schema=schema))
-                        lengths.write(np.array([len(m["input_ids"]) for m in made], dtype=np.int32).tobytes())
+                        found = [len(m[k]) for m in made for k in ("input_ids", "rejected_ids") if m[k] is not None]
+                        lengths.write(np.array(found, dtype=np.int32).tobytes())
+                        self.lines[PARTS[code]] += len(made)
         return {
             "rows": {name: self.rows[name] for name in PARTS.values()},
+            "lines": {name: self.lines[name] for name in PARTS.values()},
             "requests": self.requests,
             "dropped": dict(sorted(self.dropped.items())),
             "truncated_rows": self.truncated,
@@ -178,52 +184,64 @@ class _Pass:
             yield {**encode(request), "input_ids": [], "loss_mask": [], "cut_tokens": 0}
 
     def _lines(self, name: str, rows: list[Row], drops: IO[str]) -> Iterator[dict[str, Any]]:
-        """The sequences of rows, in their order."""
+        """The lines of rows, in their order, as columns."""
         rows = [row for row in rows if row.text is None or not self.recipe.data.requests]
-        for row, masked in zip(rows, mask_rows(self.recipe, rows, self.tokenizer), strict=True):
-            if isinstance(masked, Masked):
-                yield from self._sequences(name, row, masked, drops)
+        for row, found in zip(rows, lines_of(self.recipe, rows, self.tokenizer, name == "eval"), strict=True):
+            if isinstance(found, list):
+                yield from self._stored(name, row, found, drops)
             elif self.recipe.data.on_bad_row == "stop":
-                raise masked
+                raise found
             else:
-                self._drop(drops, row, Drop("no_exact_mask", masked.message))
+                self._drop(drops, row, Drop("no_exact_mask", found.message))
 
-    def _sequences(self, name: str, row: Row, masked: Masked, drops: IO[str]) -> Iterator[dict[str, Any]]:
-        """The sequences of a row: one, none where it is dropped, several where a long text is split."""
-        length, limit, policy = len(masked.input_ids), self.recipe.train.seq_len, self.recipe.data.too_long
-        cut = 0
-        if length > limit:
+    def _stored(self, name: str, row: Row, lines: list[Line], drops: IO[str]) -> Iterator[dict[str, Any]]:
+        """What is stored of a row: its lines, nothing where it is dropped, several parts where a long text is split."""
+        limit, policy = self.recipe.longest_row, self.recipe.data.too_long
+        longest, lost = max(line.longest for line in lines), 0
+        if longest > limit:
             if policy == "stop":
                 remedy = "raise train.seq_len, or set data.too_long to drop or truncate"
-                raise DataError(f"has {length} tokens, more than train.seq_len {limit}", row.source, remedy)
+                raise DataError(f"has {longest} tokens, more than {limit} (train.seq_len)", row.source, remedy)
             if policy == "split" and row.text is not None:
                 self.rows[name] += 1
-                yield from self._windows(name, row, masked)
+                yield from self._windows(name, row, lines[0].masked)
                 return
-            if policy != "truncate":
-                self._drop(drops, row, Drop("too_long", f"{length} tokens"))
+            if policy != "truncate" or self.recipe.method.type == "grpo":  # a prompt without its end is another one
+                self._drop(drops, row, Drop("too_long", f"{longest} tokens"))
                 return
-            cut = length - limit
-            masked = Masked(masked.input_ids[:limit], masked.mask[:limit], masked.text)
-            if not any(masked.mask):
-                self._drop(drops, row, Drop("no_trained_token_left", f"{cut} tokens cut"))
+            whole = sum(len(masked.input_ids) for line in lines for masked in line.sequences)
+            lines = [line.cut(limit) for line in lines]
+            lost = whole - sum(len(masked.input_ids) for line in lines for masked in line.sequences)
+            if not all(any(masked.mask) for line in lines for masked in line.sequences):
+                self._drop(drops, row, Drop("no_trained_token_left", f"{lost} tokens cut"))
                 return
         self.rows[name] += 1
         if name == "train":
-            self.truncated += cut > 0
-            self.lost += cut
-        yield self._line(name, row, masked, cut)
+            self.truncated += lost > 0
+            self.lost += lost
+        self.trained[name] += trained(lines)
+        for line in lines:
+            yield _columns(line, lost)
 
     def _windows(self, name: str, row: Row, masked: Masked) -> Iterator[dict[str, Any]]:
         """A long text in windows of seq_len tokens, one behind the other; together they hold every token once."""
         limit = self.recipe.train.seq_len
+        self.trained[name] += sum(masked.mask)
         for number, start in enumerate(range(0, len(masked.input_ids), limit)):
             part = Masked(masked.input_ids[start : start + limit], masked.mask[start : start + limit], "")
-            yield {**self._line(name, row, part, 0), "_id": f"{row.id}-{number}", "_group": row.group}
+            yield {**_columns(Line(row, part), 0), "_id": f"{row.id}-{number}", "_group": row.group}
 
-    def _line(self, name: str, row: Row, masked: Masked, cut: int) -> dict[str, Any]:
-        self.trained[name] += sum(masked.mask)
-        return {**encode(row), "input_ids": masked.input_ids, "loss_mask": masked.mask, "cut_tokens": cut}
+
+def _columns(line: Line, cut: int) -> dict[str, Any]:
+    rejected = line.rejected
+    return {
+        **encode(line.row),
+        "input_ids": line.masked.input_ids,
+        "loss_mask": line.masked.mask,
+        "rejected_ids": rejected.input_ids if rejected else None,
+        "rejected_mask": rejected.mask if rejected else None,
+        "cut_tokens": cut,
+    }
 
 
 def texts_of(row: Row) -> list[str]:
@@ -236,36 +254,6 @@ def part_schema() -> Any:
     import pyarrow as pa
 
     fields = [row_schema().field(name) for name in STORED]
-    ids, mask = pa.field("input_ids", pa.list_(pa.int32())), pa.field("loss_mask", pa.list_(pa.bool_()))
-    return pa.schema([*fields, ids, mask, pa.field("cut_tokens", pa.int32())])
-
-
-def mask_rows(recipe: Recipe, rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[Masked | DataError]:
-    """Token ids and loss mask of each row, as the recipe's method wants them; the error of a row that has none, which
-    names the row."""
-    chats = [row for row in rows if row.text is None]
-    masks = mask_chats(
-        [list(row.messages) for row in chats],
-        tokenizer.backend,
-        tools=[list(row.tools) if row.tools else None for row in chats],
-        train_on=recipe.data.train_on,
-        template_kwargs=dict(recipe.model.template_kwargs),
-    )
-    of_chats = iter(masks)
-    for row in rows:
-        masked = next(of_chats) if row.text is None else _mask_text(row.text, tokenizer)
-        if isinstance(masked, Masked) and row.messages:
-            thought = row.messages[-1].get("reasoning_content")
-            if thought and thought.strip() not in masked.text:
-                message = "the chat template leaves out the reasoning of the last turn"
-                masked = DataError(message, None, "drop it from the rows")
-        if isinstance(masked, DataError):
-            masked = DataError(masked.message, f"{row.source} (row {row.id})", masked.remedy)
-        yield masked
-
-
-def _mask_text(text: str, tokenizer: Tokenizer) -> Masked | DataError:
-    try:
-        return mask_text(text, tokenizer.backend)
-    except DataError as error:
-        return error
+    ids, masks = pa.list_(pa.int32()), pa.list_(pa.bool_())
+    tokens = {"input_ids": ids, "loss_mask": masks, "rejected_ids": ids, "rejected_mask": masks}
+    return pa.schema([*fields, *(pa.field(*item) for item in tokens.items()), pa.field("cut_tokens", pa.int32())])

@@ -139,6 +139,29 @@ def mask_text(text: str, tokenizer: Any) -> Masked:
     return Masked([*bos, *ids, eos], [False] * len(bos) + [True] * (len(ids) + 1), text)
 
 
+def mask_prompt(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    *,
+    tools: list[Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Masked:
+    """A prompt as the model reads it when it is asked: with the generation prompt, nothing trained.
+
+    Raises:
+        DataError: the template refuses the messages.
+    """
+    _check_messages(messages)
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=tools, add_generation_prompt=True, tokenize=False, **dict(template_kwargs or {})
+        )
+    except Exception as error:  # jinja's own errors, and those that a template raises
+        raise DataError(f"the chat template refuses the prompt: {' '.join(str(error).split())[:160]}") from None
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return Masked(ids, [False] * len(ids), text)
+
+
 def mask_completion(prompt: str, completion: str, tokenizer: Any) -> Masked:
     """Prompt and completion for a tokenizer without chat template: completion and end token trained.
 

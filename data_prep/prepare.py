@@ -281,11 +281,11 @@ def fingerprint(recipe: Recipe, inputs: list[dict[str, Any]], tokenizer: Tokeniz
     """Hash over everything that decides the prepared bytes."""
     asked = [
         recipe.data.model_dump(mode="json"),
-        recipe.method.model_dump(mode="json"),
-        recipe.train.seq_len,
+        recipe.method.kinds,  # no two of the methods that read rows in different ways read the same kinds
+        recipe.longest_row,
         recipe.seed,
     ]
-    return sha256_json([2, asked, [(i["ref"], i["sha256"]) for i in inputs], tokenizer.fingerprint])
+    return sha256_json([3, asked, [(i["ref"], i["sha256"]) for i in inputs], tokenizer.fingerprint])
 
 
 def _sources(recipe: Recipe, role: Role) -> tuple[Source, ...]:

@@ -77,7 +77,7 @@ class ReadJob:
     @property
     def key(self) -> str:
         data = self.recipe.data
-        asked: list[Any] = [self.role, data.on_bad_row, self.recipe.method.on, bool(data.requests)]
+        asked: list[Any] = [self.role, data.on_bad_row, self.recipe.method.kinds, bool(data.requests)]
         asked.append([step.model_dump() for step in self.steps])
         asked.append(self.role == "train" and isinstance(data.eval, Holdout))
         asked.append([[c.position, c.kind, c.options.model_dump()] for c in comparisons(self.recipe, self.role)])
@@ -341,18 +341,27 @@ def _paragraphs(row: Row) -> list[int]:
 
 
 def _fits_method(recipe: Recipe, row: Row) -> None:
-    kind, wanted = row.kind, {"assistant": "chat", "text": "text"}[recipe.method.on]
-    if kind == wanted or (kind == "text" and recipe.data.requests):
+    kind, method = row.kind, recipe.method
+    if kind in method.kinds or (kind == "text" and recipe.data.requests):
         return
+    if method.type != "sft":
+        wanted = " or ".join(SHAPES[kind] for kind in method.kinds)
+        raise BadRecord(f"is a {kind} row, and method {method.type} reads {wanted}", row.source, "see docs/methods.md")
     if kind == "text":
         remedy = "set method.on: text to train on all of it"
         raise BadRecord("is plain text without an assistant turn", row.source, remedy)
-    if recipe.method.on == "text":
+    if method.on == "text":
         remedy = "set method.on: assistant, or columns: {text: ...}"
         raise BadRecord(f"is a {kind} row, and method.on is text", row.source, remedy)
-    raise BadRecord(f"is a {kind} row, and method.type is {recipe.method.type}", row.source, HINTS[kind])
+    raise BadRecord(f"is a {kind} row, and method.type is sft", row.source, HINTS[kind])
 
 
+SHAPES: Mapping[str, str] = {
+    "preference": "pairs (prompt, chosen, rejected)",
+    "labelled": "labelled answers (prompt, completion, label)",
+    "prompt": "prompts (prompt, and columns for the rewards)",
+    "chat": "chats that end with the wanted answer",
+}
 HINTS: Mapping[str, str] = {
     "preference": "to train on the chosen answers, map them: columns: {prompt: prompt, completion: chosen}",
     "labelled": "leave the label out to train on every answer: format: prompt_completion or messages",

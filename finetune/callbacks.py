@@ -70,12 +70,60 @@ class TokenCounter:
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if module.training and "input_ids" in kwargs:
-            mask = kwargs.get("attention_mask")
-            self.total = self.total + (mask.sum() if mask is not None else (kwargs["input_ids"] != self.pad).sum())
+        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        if module.training and ids is not None:
+            self.total = self.total + (mask.sum() if mask is not None else (ids != self.pad).sum())
 
     def __call__(self) -> int:
         return int(self.total) * self.world_size
+
+
+# TRL's names -> ours, which metrics.jsonl, the dashboards and the report share. Names with a * stand for several.
+WATCHED = {
+    "rewards/accuracies": "reward_accuracy",
+    "rewards/margins": "reward_margin",
+    "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected",
+    "accuracy": "reward_accuracy",
+    "margin": "reward_margin",
+    "logps/chosen": "logp_chosen",
+    "logps/rejected": "logp_rejected",
+    "nll_loss": "imitation_loss",
+    "log_odds_ratio": "log_odds_ratio",
+    "kl": "kl",
+    "entropy": "entropy",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "zero_variance_groups": "zero_variance_groups",
+    "clip_ratio/region_mean": "clipped_share",
+    "cispo_clip_ratio": "clipped_share",
+    "completions/mean_length": "completion_length",
+    "completions/clipped_ratio": "truncated_share",
+    "sampling/sampling_logp_difference/mean": "engine_logp_difference",
+}
+_REWARD = re.compile(r"^rewards/(\w+)/mean$")
+
+
+def watched(logs: dict[str, Any]) -> dict[str, float]:
+    """What a method logs beside the loss, under our names."""
+    found = {}
+    for name, value in logs.items():
+        ours = f"reward/{match[1]}" if (match := _REWARD.match(name)) else WATCHED.get(name)
+        if ours is not None and value is not None:
+            found[ours] = float(value)
+    return found
+
+
+def kept_lines(path: Path, step: int) -> list[str]:
+    """Lines of a JSONL file up to a step, which a resumed run keeps; a line torn by a crash is none."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        try:
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(f"{line}\n")
+        except ValueError:
+            continue
+    return kept
 
 
 class Metrics(TrainerCallback):
@@ -90,44 +138,35 @@ class Metrics(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._forget_after(state.global_step)
+            lines = kept_lines(self.path, state.global_step)
+            for entry in map(json.loads, lines):
+                self.before = {k: max(v, entry.get(k, 0)) for k, v in self.before.items()}
+            write_atomic(self.path, "".join(lines))
         self.started = time.monotonic()
         self.last = (self.started, 0)
         if self.counter is not None:
             self.counter.total = 0  # the probe of the pre-flight is no training
 
-    def _forget_after(self, step: int) -> None:
-        """Drop lines past the step that a resumed run starts from, and take up the totals of those before it."""
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # a line torn by a crash
-            if entry.get("step", 0) <= step:
-                kept.append(line)
-                self.before = {k: max(v, entry.get(k, 0)) for k, v in self.before.items()}
-        write_atomic(self.path, "".join(f"{line}\n" for line in kept))
-
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
+        if not state.is_world_process_zero or "loss" not in logs:
             return
-        entry: dict[str, Any] = {"step": state.global_step}
-        if "eval_loss" in logs:
-            entry["eval_loss"] = logs["eval_loss"]
-        else:
-            entry |= self._training_entry(state, logs)
+        entry = {"step": state.global_step, **self._training_entry(state, logs), **watched(logs)}
+        self.add(entry)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(float(entry.get(name) or 0.0)):
+                raise RetortError(
+                    f"the {name.replace('_', ' ')} is {entry[name]} at step {state.global_step}",
+                    str(self.path),
+                    "lower train.learning_rate; the last checkpoint is from before",
+                )
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Append a line, and pass it on to the dashboard."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
         if self.tracker is not None:
             self.tracker.log(entry)
-        if not math.isfinite(entry.get("loss", 0.0)):
-            raise RetortError(
-                f"the loss is {entry['loss']} at step {state.global_step}",
-                str(self.path),
-                "lower train.learning_rate; the last checkpoint is from before",
-            )
 
     def _training_entry(self, state: Any, logs: dict[str, Any]) -> dict[str, Any]:
         now, tokens = time.monotonic(), self.counter() if self.counter else 0
@@ -143,6 +182,13 @@ class Metrics(TrainerCallback):
             "tokens_seen": self.before["tokens_seen"] + tokens,
             "memory_bytes": peak_memory(),
         }
+
+
+def _headline(logs: dict[str, Any]) -> str:
+    """The numbers to watch while a run goes on: the loss, and of preferences and rewards what says more than it."""
+    seen = watched(logs)
+    more = [f"  {name.replace('_', ' ')} {seen[name]:.3f}" for name in ("reward", "reward_accuracy") if name in seen]
+    return f"loss {logs['loss']:.4f}{''.join(more)}"
 
 
 class Progress(TrainerCallback):
@@ -171,10 +217,10 @@ class Progress(TrainerCallback):
             return
         step, total = state.global_step, state.max_steps
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, note=f"loss {logs['loss']:.3f}")
+            self.bar.update(self.task, completed=step, note=_headline(logs))
         elif step % max(1, total // 40) == 0 or step in {self.first + 1, total}:
             left = (time.monotonic() - self.started) / max(1, step - self.first) * (total - step)
-            print(f"step {step}/{total}  loss {logs['loss']:.4f}  about {left:.0f} s left", flush=True)
+            print(f"step {step}/{total}  {_headline(logs)}  about {left:.0f} s left", flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

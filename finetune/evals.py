@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,108 +13,148 @@ import torch
 
 from data_prep.progress import progress
 from data_prep.tokens import Tokenizer
+from finetune.sequences import batches_of, evaluating, log_probabilities, padded, scores_of, tokens_per_forward
 from finetune.stats import Answer, compare, is_exact
+from recipes.errors import DataError
 from recipes.lineage import sha256_json, write_atomic
 from recipes.schema import Recipe
 
-LOGIT_BYTES = 1 << 29  # of one forward's float32 logits; they, not the weights, fill the memory of an evaluation
-GENERATED = ("exact_match", "token_f1", "label_accuracy", "macro_f1")
+GENERATED = ("exact_match", "token_f1", "label_accuracy", "macro_f1", "reward")
+LOSSES = ("loss", "perplexity")
+PREFERENCES = ("preference_accuracy", "reward_accuracy")
 SHOWN = 40  # rows kept as samples
 
 
-def choose_rows(rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
-    """The held-out rows to measure: whole groups in an order that the seed decides, until `eval.samples` is reached."""
-    if recipe.eval.samples is None or len(rows) <= recipe.eval.samples:
-        return list(rows)
+def choose_rows(rows: Sequence[dict[str, Any]], recipe: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The held-out rows to measure base and tuned model on, and those to watch and select by while training.
+
+    Whole groups are taken, in an order that the seed decides, until `eval.samples` is reached; what is left is for
+    watching. Where weights are selected (train.best) the two never overlap, or the selection would flatter the result:
+    a quarter of the rows is set aside for it when too few are left. Else the measured rows are watched.
+    """
+    rows = [row for row in rows if row["label"] is not False]  # nothing is measured on an answer known to be bad
+    wanted = recipe.eval.samples or len(rows)
+    if recipe.train.best is not None:
+        wanted = min(wanted, max(1, len(rows) - max(1, len(rows) // 4)))
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(row["_group"], []).append(i)
     order = sorted(groups, key=lambda g: hashlib.sha256(f"{recipe.seed}:{g}".encode()).digest())
     chosen: list[int] = []
+    left: list[int] = []
     for group in order:
-        if len(chosen) + len(groups[group]) <= recipe.eval.samples:
-            chosen += groups[group]
-    return [rows[i] for i in sorted(chosen or groups[order[0]])]
+        (chosen if len(chosen) + len(groups[group]) <= wanted else left).extend(groups[group])
+    if not chosen and order:
+        chosen, left = groups[order[0]], [i for group in order[1:] for i in groups[group]]
+    measured = [rows[i] for i in sorted(chosen)]
+    watched = [rows[i] for i in sorted(left[: recipe.eval.samples])]
+    if not watched and recipe.train.best is not None:
+        raise DataError("has one group of held-out rows, so none are left to select by", "data.eval", "hold out more")
+    return measured, watched or measured
 
 
 def measure(
-    model: Any, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], recipe: Recipe, what: str
+    model: Any,
+    tokenizer: Tokenizer,
+    rows: Sequence[dict[str, Any]],
+    recipe: Recipe,
+    what: str,
+    metrics: Sequence[str] | None = None,
 ) -> list[Answer]:
-    """Loss and greedy answer of a model on rows, in the rows' order.
+    """What a model makes of rows, in the rows' order: as much as the metrics need.
 
     Args:
-        rows: prepared rows (`input_ids`, `loss_mask`, `messages`, `_id`, `_group`).
+        rows: prepared rows (`input_ids`, `loss_mask`, `messages`, `_id`, `_group`, ...).
         what: shown beside the progress bar.
+        metrics: those of the recipe where None.
     """
-    generate = recipe.method.on == "assistant" and bool(set(recipe.eval.metrics) & set(GENERATED))
-    with _evaluating(model), torch.inference_mode():
-        losses = _losses(model, rows, tokenizer, what)
-        texts = _answers(model, rows, tokenizer, recipe, what) if generate else [None] * len(rows)
+    asked = set(metrics if metrics is not None else recipe.eval.metrics)
+    if recipe.method.type == "reward":
+        return _scored(model, tokenizer, rows, recipe, what)
+    pairs = bool(rows) and rows[0]["rejected_ids"] is not None
+    chosen = [(row["input_ids"], row["loss_mask"]) for row in rows]
+    rejected = [(row["rejected_ids"], row["rejected_mask"]) for row in rows] if pairs else []
+    losses = asked & set(LOSSES) or pairs
+    sums = [(0.0, 0)] * len(rows)
+    if losses and recipe.method.type != "grpo":
+        sums = [(-float(t.sum()), len(t)) for t in log_probabilities(model, tokenizer, chosen, f"loss ({what})")]
+    others: list[tuple[float | None, int]] = [(None, 0)] * len(rows)
+    if pairs and asked & set(PREFERENCES):
+        found = log_probabilities(model, tokenizer, rejected, f"rejected ({what})")
+        others = [(-float(t.sum()), len(t)) for t in found]
+    texts: list[list[int] | None] = [None] * len(rows)
+    if asked & set(GENERATED) and not (recipe.method.type == "sft" and recipe.method.on == "text"):
+        with evaluating(model), torch.inference_mode():
+            texts = _answers(model, rows, tokenizer, recipe, what)
+    rewards = _rewards(recipe, tokenizer, rows, texts) if "reward" in asked else [None] * len(rows)
     return [
-        Answer(row["_id"], row["_group"], nll, count, text, row["messages"][-1]["content"] if row["messages"] else "")
-        for row, (nll, count), text in zip(rows, losses, texts, strict=True)
+        Answer(
+            row["_id"],
+            row["_group"],
+            nll,
+            count,
+            None if ids is None else answer_text(ids, tokenizer),
+            reference_of(row, recipe),
+            *other,
+            reward,
+        )
+        for row, (nll, count), other, ids, reward in zip(rows, sums, others, texts, rewards, strict=True)
     ]
 
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training, cached = model.training, model.config.use_cache
-    model.eval()
-    model.config.use_cache = True
-    try:
-        yield
-    finally:
-        model.train(training)
-        model.config.use_cache = cached
+def reference_of(row: dict[str, Any], recipe: Recipe) -> str:
+    """The wanted answer of a row: the chosen one of a pair, the last assistant turn of a chat, or the column that the
+    rewards of the recipe compare with."""
+    last = (row["chosen"] or row["messages"] or [{}])[-1]
+    if last.get("role") == "assistant":
+        return str(last.get("content") or "")
+    if recipe.method.type == "grpo":
+        for term in recipe.method.rewards:
+            name = getattr(term.options, "column", None)
+            if name is not None and (row["extra"] or {}).get(name) is not None:
+                return str(row["extra"][name])
+    return ""
 
 
-def _batches(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Indices in batches of like length, longest first, each at most `most` padded tokens (or one row)."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= most:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+def _scored(
+    model: Any, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], recipe: Recipe, what: str
+) -> list[Answer]:
+    """Scores of a reward model, as if they were log-probabilities of one token: the higher is preferred."""
+    sides = [side for row in rows for side in (row["input_ids"], row["rejected_ids"])]
+    scores = scores_of(model, tokenizer, sides, what)
+    return [
+        Answer(row["_id"], row["_group"], -good, 1, None, reference_of(row, recipe), -bad, 1)
+        for row, good, bad in zip(rows, scores[0::2], scores[1::2], strict=True)
+    ]
 
 
-def _tokens_per_forward(model: Any) -> int:
-    return max(256, min(8192, LOGIT_BYTES // (4 * model.get_input_embeddings().num_embeddings)))
+def _rewards(
+    recipe: Recipe, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], completions: Sequence[list[int] | None]
+) -> list[float | None]:
+    """The weighted sum of the recipe's rewards for the greedy completions."""
+    from finetune.policy import Scored
 
-
-def _losses(model: Any, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, what: str) -> list[tuple[float, int]]:
-    """Per row: sum of -log p over its trained tokens in nats (float32), and their number."""
-    results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
-    batches = _batches([len(r["input_ids"]) for r in rows], _tokens_per_forward(model))
-    for batch in progress(batches, f"loss ({what})", len(batches)):
-        ids, mask = _padded([rows[i]["input_ids"] for i in batch], tokenizer, model.device, left=False)
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        for i, line in zip(batch, nll, strict=True):
-            trained = torch.tensor(rows[i]["loss_mask"][1:], device=line.device)
-            results[i] = (float(line[: len(trained)][trained].sum()), int(trained.sum()))
-    return results
+    return Scored(recipe, tokenizer, rows).sums(range(len(rows)), [ids or [] for ids in completions])
 
 
 def _answers(
     model: Any, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, recipe: Recipe, what: str
-) -> list[str | None]:
-    """Greedy answers to the rows' prompts: everything before the last trained span."""
+) -> list[list[int] | None]:
+    """Greedy completions (token ids, padding cut off) of the rows' prompts: all that comes before what is trained."""
     prompts = [prompt_ids(row) for row in rows]
-    answers: list[str | None] = [None] * len(rows)
-    most = _tokens_per_forward(model)
+    answers: list[list[int] | None] = [None] * len(rows)
+    most = tokens_per_forward(model)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    wanted = recipe.eval.max_new_tokens
+    wanted, ends = recipe.eval.max_new_tokens, end_tokens(model, tokenizer)
     batches: list[list[int]] = []
-    for batch in _batches([len(p) + wanted for p in prompts], most):
+    for batch in batches_of([len(p) + wanted for p in prompts], most):
         # A row near the end of the context answers alone: its neighbours would be cut short with it.
         near = [i for i in batch if len(prompts[i]) + wanted > limit]
         batches += [[i] for i in near]
         batches += [rest] if (rest := [i for i in batch if i not in near]) else []
     for batch in progress(batches, f"answers ({what})", len(batches)):
         room = max(1, min(wanted, limit - max(len(prompts[i]) for i in batch)))
-        ids, mask = _padded([prompts[i] for i in batch], tokenizer, model.device, left=True)
+        ids, mask = padded([prompts[i] for i in batch], tokenizer, model.device, left=True)
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -126,16 +165,18 @@ def _answers(
             top_k=None,
             use_cache=True,
             pad_token_id=tokenizer.backend.pad_token_id,
-            eos_token_id=end_tokens(model, tokenizer),
+            eos_token_id=ends,
         )
         for i, line in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-            answers[i] = answer_text(line, tokenizer)
+            answers[i] = until_end(line, ends)
     return answers
 
 
 def prompt_ids(row: dict[str, Any]) -> list[int]:
-    """The tokens before a row's last trained span: what the model is given when it must answer."""
+    """The tokens before a row's last trained span: what the model is given when it must answer; a prompt is whole."""
     mask = row["loss_mask"]
+    if not any(mask):
+        return list(row["input_ids"])
     end = len(mask) - 1
     while end >= 0 and not mask[end]:
         end -= 1
@@ -151,6 +192,12 @@ def end_tokens(model: Any, tokenizer: Tokenizer) -> list[int]:
     return sorted({tokenizer.backend.eos_token_id, *(t for t in several if t is not None)})
 
 
+def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Generated tokens up to the first end token; what follows fills the batch."""
+    last = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: last + 1]
+
+
 def answer_text(ids: list[int], tokenizer: Tokenizer) -> str:
     """The answer in generated tokens, after the reasoning where there is one; empty where the reasoning never ends."""
     backend = tokenizer.backend
@@ -162,20 +209,6 @@ def answer_text(ids: list[int], tokenizer: Tokenizer) -> str:
     for token in backend.all_special_tokens:
         text = text.replace(token, "")
     return text.strip()
-
-
-def _padded(
-    sequences: list[list[int]], tokenizer: Tokenizer, device: torch.device, left: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (batch, longest)."""
-    width = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), width), tokenizer.backend.pad_token_id)
-    mask = torch.zeros((len(sequences), width), dtype=torch.long)
-    for i, sequence in enumerate(sequences):
-        place = slice(width - len(sequence), width) if left else slice(0, len(sequence))
-        ids[i, place] = torch.tensor(sequence)
-        mask[i, place] = 1
-    return ids.to(device), mask.to(device)
 
 
 def save_answers(path: Path, answers: Sequence[Answer], key: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from recipes.errors import MemoryFitError, RecipeError
 from recipes.schema import Recipe
+from recipes.schema_method import GRPO
 
 CPU_FORWARD_TOKENS = 8192  # more in one forward only spills the processor's caches
 MEMORY_SHARE = 0.85  # of the device; the rest is for the allocator, kernels and other processes
@@ -62,6 +63,7 @@ class Layout:
     dtype: str
     quantization: str
     estimated_bytes: int | None
+    engine: str | None = None  # of GRPO: who writes the completions, measured where the recipe says auto
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -184,7 +186,11 @@ def plan_layout(
     """
     train = recipe.train
     refuse_impossible(recipe, device, facts)
+    if recipe.method.type == "grpo":
+        return _plan_groups(recipe, recipe.method, device, facts, rows, longest, world_size)
     width = train.seq_len if train.packing else longest
+    if recipe.method.type in {"dpo", "orpo", "reward"}:
+        width *= 2  # both answers of a pair
     per_row = mean_tokens
     if train.packing:
         tokens = rows * mean_tokens
@@ -219,6 +225,60 @@ def plan_layout(
         + micro * width * _per_token(recipe, device, facts, checkpointing)
         if facts
         else None,
+    )
+
+
+def _plan_groups(
+    recipe: Recipe,
+    method: GRPO,
+    device: Device,
+    facts: ModelFacts | None,
+    prompts: int,
+    longest: int,
+    world_size: int,
+) -> Layout:
+    """The layout of GRPO: whole groups of completions in a step, cut into equal forwards.
+
+    Raises:
+        RecipeError: the completions of a step cannot be shared out evenly.
+    """
+    train = recipe.train
+    completions = method.prompts_per_step * method.generations
+    if completions % world_size:
+        raise RecipeError(
+            f"{completions} completions in a step cannot be shared by {world_size} devices",
+            "method.prompts_per_step",
+            f"make prompts_per_step x generations a multiple of {world_size}",
+        )
+    per_device = completions // world_size
+    width = longest + method.max_new_tokens
+    room, checkpointing = _forward_tokens(recipe, device, facts, wanted=per_device * width)
+    if train.micro_batch is not None and per_device % train.micro_batch:
+        raise RecipeError(f"does not divide the {per_device} completions of a step on a device", "train.micro_batch")
+    most = train.micro_batch or max(1, room // width)
+    micro = next(n for n in range(min(most, per_device), 0, -1) if per_device % n == 0)
+    epochs = train.epochs if train.epochs is not None else 1.0
+    steps = train.max_steps or max(1, math.ceil(prompts * epochs / method.prompts_per_step)) * method.iterations
+    steps = -(-steps // method.iterations) * method.iterations
+    return Layout(
+        device=device.kind,
+        world_size=world_size,
+        seq_len=train.seq_len,
+        packing=False,
+        micro_batch=micro,
+        gradient_accumulation=per_device // micro,
+        rows_per_step=completions,
+        tokens_per_step=completions * width,
+        steps=steps,
+        epochs=steps // method.iterations * method.prompts_per_step / prompts,
+        gradient_checkpointing=checkpointing,
+        dtype=compute_dtype(recipe, device),
+        quantization=recipe.model.quantization,
+        estimated_bytes=_fixed_bytes(recipe, device, facts)
+        + micro * width * _per_token(recipe, device, facts, checkpointing)
+        if facts
+        else None,
+        engine=method.engine,
     )
 
 

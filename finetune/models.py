@@ -9,7 +9,7 @@ import torch
 from data_prep.tokens import Tokenizer, fetch
 from finetune.layout import Device, compute_dtype
 from recipes.errors import RecipeError
-from recipes.schema import Adapter, Recipe
+from recipes.schema import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,15 +22,18 @@ def load_base(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
     Raises:
         RecipeError: it cannot be fetched or loaded, or model and tokenizer do not belong together.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if recipe.method.type == "reward":
+        logging.set_verbosity(50)  # it reports at length that the score head is new, which it must be
     folder = fetch(recipe.model.ref, True)
     dtype = DTYPES[compute_dtype(recipe, device)]
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if recipe.model.attention != "auto":
         options["attn_implementation"] = recipe.model.attention
+    if recipe.method.type == "reward":
+        options |= {"num_labels": 1, "pad_token_id": tokenizer.backend.pad_token_id}
     if recipe.model.quantization == "nf4":
         options["quantization_config"] = _nf4(recipe, dtype)
     if device.kind == "cuda":
@@ -38,7 +41,7 @@ def load_base(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
     elif recipe.model.quantization == "nf4":
         options["device_map"] = {"": "cpu"}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = model_class(recipe).from_pretrained(
             folder, trust_remote_code=recipe.model.trust_remote_code is not None, **options
         )
     except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
@@ -48,6 +51,13 @@ def load_base(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
     _check_vocabulary(recipe, model, tokenizer)
     model.config.use_cache = False
     return model
+
+
+def model_class(recipe: Recipe) -> Any:
+    """The class of transformers that loads the recipe's model: a reward model scores, all others predict tokens."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if recipe.method.type == "reward" else AutoModelForCausalLM
 
 
 def _nf4(recipe: Recipe, dtype: torch.dtype) -> Any:
@@ -85,12 +95,14 @@ def _check_vocabulary(recipe: Recipe, model: Any, tokenizer: Tokenizer) -> None:
         )
 
 
-def adapter_config(adapter: Adapter) -> Any:
-    """The peft configuration of a recipe's adapter."""
+def adapter_config(recipe: Recipe) -> Any:
+    """The peft configuration of a recipe's adapter. A reward model's score head is trained and saved with it."""
     from peft import LoraConfig
 
+    adapter = recipe.adapter
+    assert adapter is not None
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if recipe.method.type == "reward" else "CAUSAL_LM",
         r=adapter.r,
         lora_alpha=adapter.alpha if adapter.alpha is not None else 2 * adapter.r,
         lora_dropout=adapter.dropout,

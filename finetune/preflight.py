@@ -14,6 +14,7 @@ import torch
 from data_prep.tokens import Tokenizer
 from finetune.callbacks import peak_memory
 from finetune.layout import Layout
+from finetune.policy import longest_completions
 from recipes.errors import MemoryFitError, RecipeError, RetortError, out_of_memory
 from recipes.schema import Recipe
 
@@ -50,7 +51,7 @@ def check(
         "lost_tokens": counts["lost_tokens"],
         "special_tokens": special_tokens(tokenizer, rows, recipe),
         "disk": disk,
-        "probe": probe(trainer, layout),
+        "probe": probe(trainer, layout, longest_batch(trainer, recipe, layout, rows)),
         "adapter_check": None,
     }
 
@@ -158,12 +159,13 @@ def special_tokens(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], recipe:
     bos = backend.bos_token_id
     doubled = sum(bos is not None and row["input_ids"][:2] == [bos, bos] for row in rows)
     cut = sum(1 for row in rows if row["cut_tokens"])
+    end = {
+        "check": "the end of the turn is trained",
+        "ok": ended >= len(rows) - cut,
+        "detail": f"{ended} of {len(rows)} rows end their last trained span with a special token",
+    }
     return [
-        {
-            "check": "the end of the turn is trained",
-            "ok": ended >= len(rows) - cut,
-            "detail": f"{ended} of {len(rows)} rows end their last trained span with a special token",
-        },
+        *([end] if recipe.method.type != "grpo" else []),  # its rows are prompts; the completions are yet to be written
         {
             "check": "padding is not the end token",
             "ok": backend.pad_token_id != backend.eos_token_id,
@@ -185,8 +187,8 @@ def _ends_turn(row: dict[str, Any], backend: Any) -> bool:
     return token == backend.eos_token_id or token in backend.added_tokens_decoder
 
 
-def probe(trainer: Any, layout: Layout) -> dict[str, Any]:
-    """Run the longest training batch (forward and backward) and one evaluation batch, then forget them.
+def probe(trainer: Any, layout: Layout, batch: dict[str, Any]) -> dict[str, Any]:
+    """Run the longest training batch (forward and backward) and one without gradients, then forget them.
 
     Random states are put back, so the run's numbers are those it would have had without the probe.
 
@@ -194,22 +196,17 @@ def probe(trainer: Any, layout: Layout) -> dict[str, Any]:
         MemoryFitError: out of memory.
     """
     states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    batch = _longest_batch(trainer, trainer.train_dataset, layout.micro_batch)
-    held_out = batch
-    if trainer.eval_dataset is not None:
-        held_out = _longest_batch(trainer, trainer.eval_dataset, layout.micro_batch)
     model = trainer.model
+    tokens = max(int(v.numel()) for v in batch.values() if torch.is_tensor(v) and v.dim() == 2)
     try:
-        seconds, evaluation = _timed_passes(trainer, model, batch, held_out)
+        seconds, evaluation = _timed_passes(trainer, model, batch)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         smaller = max(1, layout.micro_batch // 2)
         remedy = f"set train.micro_batch: {smaller}" if layout.micro_batch > 1 else "shorten train.seq_len"
         raise MemoryFitError(
-            f"the longest batch ({layout.micro_batch} x {batch['input_ids'].shape[1]} tokens) does not fit",
-            "pre-flight",
-            remedy,
+            f"the longest batch ({layout.micro_batch} rows, {tokens:,} tokens) does not fit", "pre-flight", remedy
         ) from None
     finally:
         model.zero_grad(set_to_none=True)
@@ -217,7 +214,6 @@ def probe(trainer: Any, layout: Layout) -> dict[str, Any]:
         if states[1] is not None:
             torch.cuda.set_rng_state_all(states[1])
             torch.cuda.empty_cache()
-    tokens = int(batch["input_ids"].numel())
     return {
         "train_tokens": tokens,
         "train_seconds": seconds,
@@ -226,20 +222,24 @@ def probe(trainer: Any, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _longest_batch(trainer: Any, data: Any, rows: int) -> dict[str, Any]:
-    lengths = [len(ids) for ids in data["input_ids"]]
-    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:rows]
+def longest_batch(trainer: Any, recipe: Recipe, layout: Layout, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The batch that needs most memory: the longest rows, or the longest prompts with completions of full length."""
+    if recipe.method.type == "grpo":
+        return longest_completions(rows, recipe.method, layout.micro_batch, trainer.processing_class.pad_token_id)
+    data = trainer.train_dataset
+    listed = [data[name] for name, value in data[0].items() if isinstance(value, list)]
+    lengths = [max(map(len, parts)) for parts in zip(*listed, strict=True)]
+    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[: layout.micro_batch]
     batch: dict[str, Any] = trainer.data_collator([data[i] for i in longest])
     return batch
 
 
-def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any], held_out: dict[str, Any]) -> tuple[float, float]:
+def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[float, float]:
     device = trainer.args.device
-    moved, held_out = (
-        {k: v.to(device) if hasattr(v, "to") else v for k, v in part.items()} for part in (batch, held_out)
-    )
+    moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
     if trainer.args.gradient_checkpointing:
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps  # GRPO's loss reads it
     started = time.monotonic()
     model.train()
     with trainer.compute_loss_context_manager():
@@ -248,8 +248,9 @@ def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any], held_out: dic
     middle = time.monotonic()
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        trainer.compute_loss(model, dict(held_out))
-    for metrics in trainer._metrics.values():  # TRL averages what it logs over calls; the probe is none of them
+        trainer.compute_loss(model, dict(moved))
+    logged = trainer._metrics if hasattr(trainer, "_metrics") else trainer._stored_metrics
+    for metrics in logged.values():  # TRL averages what it logs over calls; the probe is none of them
         metrics.clear()
     trainer._total_train_tokens = 0
     model.train()

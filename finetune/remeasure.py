@@ -34,7 +34,7 @@ def remeasure(recipe: Recipe) -> None:
         raise RecipeError(f"trained weights differ from the manifest ({', '.join(wrong)})", str(folder), "train again")
     prepared = prepare(recipe, folder, keep=True)
     held_out = read_rows(prepared.folder, "eval")
-    rows = evals.choose_rows(held_out, recipe)
+    rows, _ = evals.choose_rows(held_out, recipe)
     if not rows:
         raise RecipeError("there is nothing to measure on", "data.eval", "name held-out rows")
     device = find_device(recipe.train.device)

@@ -8,22 +8,28 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.cache import cache_folder
 from data_prep.masks import Masked, pieces
-from data_prep.prepare import Prepared
+from data_prep.prepare import Prepared, base_state
 from data_prep.tokens import Tokenizer, fetch
-from finetune import evals
+from finetune import evals, reward_check
 from finetune import preflight as checks
 from finetune.bom import BOM, bill_of_materials
 from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
+from finetune.completions import Completions
+from finetune.guards import Guarding
 from finetune.layout import Device, Layout, model_facts, plan_layout
-from finetune.models import load_base
-from finetune.runs import is_main, say
+from finetune.models import load_base, model_class
+from finetune.preference import wanted_of
+from finetune.reference import Cache, model_key, reference_logps
+from finetune.runs import is_main, main_process_first, say
+from finetune.selection import Selection
 from finetune.stats import Answer
-from finetune.trainers import BUILDERS, token_dataset
+from finetune.trainers import BUILDERS
 from recipes.errors import DataError, RecipeError, RetortError
 from recipes.evidence import Asset, from_record, to_record
 from recipes.facts import facts
@@ -53,6 +59,8 @@ class Watch:
     adapter: AdapterCheck
     metrics: Metrics
     progress: Progress
+    guarding: Guarding
+    selection: Selection | None
     checkpoint: Path | None
 
 
@@ -60,9 +68,10 @@ def show_data(prepared: Prepared) -> None:
     counts = prepared.counts
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items()) or "none"
     again = " (unchanged, reused)" if prepared.reused else ""
+    share = f", {counts['trained_tokens'] / counts['train_tokens']:.0%} in the loss" if counts["trained_tokens"] else ""
     say(
         f"data{again}: {counts['train_rows']:,} training rows, {counts['eval_rows']:,} held out, dropped: {dropped}; "
-        f"{counts['train_tokens']:,} tokens, {counts['trained_tokens'] / counts['train_tokens']:.0%} in the loss"
+        f"{counts['train_tokens']:,} tokens{share}"
     )
 
 
@@ -159,31 +168,82 @@ def base_answers(
     return answers
 
 
+def reference(
+    recipe: Recipe, layout: Layout, tokenizer: Tokenizer, model: Any, rows: list[dict[str, Any]]
+) -> list[float]:
+    """Log-probabilities of the answers under the model as it starts, where the method compares with them."""
+    wanted = wanted_of(recipe, layout, rows)
+    if not wanted:
+        return []
+    cache = Cache(cache_folder(recipe.run_dir) / "reference.sqlite")
+    key = model_key(recipe, layout, base_state(recipe))
+    rank, world = int(os.environ.get("RANK", "0")), layout.world_size
+    found, computed = reference_logps(model, tokenizer, wanted, key, cache, rank, world)
+    say(f"reference log-probabilities: {len(found):,} answers, {computed:,} computed, the others from the cache")
+    return found
+
+
+def rewards(
+    recipe: Recipe, layout: Layout, tokenizer: Tokenizer, model: Any, rows: list[dict[str, Any]], folder: Path
+) -> Layout:
+    """Show the rewards of the start, refuse a run that could learn nothing, and choose the engine of completions.
+
+    A run that goes on keeps what the interrupted attempt found: with another engine it would not be the same run.
+    """
+    if recipe.method.type != "grpo":
+        return layout
+    path = folder / "rewards.json"
+    with main_process_first():
+        found = reward_check.load_check(path)
+        if found is None:
+            say("sampling the base to see its rewards")
+            found = reward_check.check_rewards(recipe, model, tokenizer, rows, str(layout.engine))
+            reward_check.save_check(path, found)
+    say(*reward_check.describe(found))
+    reward_check.require_signal(found, str(path))
+    return replace(layout, engine=found["engine"])
+
+
 def build(
     recipe: Recipe,
     layout: Layout,
     tokenizer: Tokenizer,
     model: Any,
     rows: list[dict[str, Any]],
-    held_out: list[dict[str, Any]],
+    watched: list[dict[str, Any]],
     folder: Path,
     tracker: Any,
+    known: list[float],
 ) -> tuple[Any, Watch]:
-    """The trainer of the recipe's method, with its callbacks."""
-    datasets = {"train": token_dataset(rows, recipe)}
-    if held_out and recipe.train.eval_every is not None:
-        datasets["eval"] = token_dataset(held_out, recipe)
+    """The trainer of the recipe's method, with its callbacks.
+
+    Args:
+        watched: held-out rows that are measured while training.
+        known: reference log-probabilities, from `reference`.
+    """
     checkpoint, torn = newest_complete(folder / "checkpoints")
     for path in torn:
         say(f"{path} is not whole (the run was stopped while writing it) and is removed")
         if is_main():
             shutil.rmtree(path, ignore_errors=True)
-    watch = Watch(
-        AdapterCheck(folder / "adapter_check"), Metrics(folder / "metrics.jsonl", tracker), Progress(), checkpoint
-    )
-    callbacks = [watch.metrics, watch.progress, watch.adapter, Seal(recipe.train.keep_checkpoints)]
-    trainer = BUILDERS[recipe.method.type](recipe, layout, tokenizer, model, datasets, folder, callbacks)
-    watch.metrics.counter = TokenCounter(trainer.model, tokenizer.backend.pad_token_id, layout.world_size)
+    metrics = Metrics(folder / "metrics.jsonl", tracker)
+    measuring = recipe.train.eval_every is not None and watched
+    selection = Selection(recipe, tokenizer, watched, metrics, folder) if measuring else None
+    guarding = Guarding(recipe.train.guards)
+    watch = Watch(AdapterCheck(folder / "adapter_check"), metrics, Progress(), guarding, selection, checkpoint)
+    callbacks: list[Any] = [metrics, watch.progress, watch.adapter, guarding, Seal(recipe.train.keep_checkpoints)]
+    if recipe.method.type == "grpo":
+        kept = Completions(folder / "completions.jsonl", recipe.method.show_every, recipe.method.generations)
+        callbacks.append(kept)
+    if selection is not None:
+        if is_main():
+            selection.begin(model)
+        callbacks.append(selection)
+    trainer = BUILDERS[recipe.method.type](recipe, layout, tokenizer, model, rows, folder, callbacks, known)
+    if recipe.method.type == "grpo":
+        kept.trainer = trainer
+        kept.show = lambda i: tokenizer.backend.decode(rows[i]["input_ids"])
+    metrics.counter = TokenCounter(trainer.model, tokenizer.backend.pad_token_id, layout.world_size)
     if recipe.adapter is not None and recipe.adapter.init in {"pissa", "olora"}:
         _keep_initial_adapter(trainer, folder)
     return trainer, watch
@@ -233,10 +293,21 @@ def fit(trainer: Any, watch: Watch, found: dict[str, Any], folder: Path) -> None
             trainer.train(resume_from_checkpoint=str(watch.checkpoint) if watch.checkpoint else None)
     finally:
         watch.progress.close()
+    watch.guarding.require(folder)
+    if watch.selection is not None:
+        if watch.selection.stopped_at is not None:
+            say(f"stopped early at step {watch.selection.stopped_at}: no better evaluation since")
+        if (step := watch.selection.take_best(trainer.model)) is not None:
+            say(f"the weights of step {step} are kept: the best by {recipe_metric(watch.selection)}")
     if is_main() and watch.adapter.result is not None:
         write_atomic(
             folder / "preflight.json", json.dumps({**found, "adapter_check": watch.adapter.result}, indent=2) + "\n"
         )
+
+
+def recipe_metric(selection: Selection) -> str:
+    """The metric that decides which weights are the best."""
+    return str(selection.best.metric) if selection.best else ""
 
 
 def save(recipe: Recipe, trainer: Any, tokenizer: Tokenizer, folder: Path) -> None:
@@ -282,14 +353,13 @@ def load_tuned(recipe: Recipe, base: Any, folder: Path) -> Any:
         RecipeError: the run holds no trained weights.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     part = folder / ("adapter" if recipe.adapter is not None else "model")
     if not part.is_dir():
         raise RecipeError(f"holds no {part.name}/", str(folder), "train the recipe first")
     if recipe.adapter is not None:
         return PeftModel.from_pretrained(base, part)
-    return AutoModelForCausalLM.from_pretrained(part, dtype=base.dtype, use_safetensors=True).to(base.device)
+    return model_class(recipe).from_pretrained(part, dtype=base.dtype, use_safetensors=True).to(base.device)
 
 
 def tuned_result(
@@ -315,7 +385,7 @@ def finish(
     result: dict[str, Any] | None,
 ) -> None:
     """Write the report, the model card, and last the manifest."""
-    for leftover in ("adapter_initial", "adapter_check"):
+    for leftover in ("adapter_initial", "adapter_check", "best"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     base = fetch(recipe.model.ref, True)
     parent = read_manifest(base) or {}
@@ -377,6 +447,9 @@ def _result_files(folder: Path) -> list[str]:
         "preflight.json",
         "metrics.jsonl",
         "masks.json",
+        "rewards.json",
+        "watched.jsonl",
+        "completions.jsonl",
         "eval.json",
         "samples.jsonl",
         BOM,

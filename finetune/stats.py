@@ -27,6 +27,8 @@ class Answer:
         id, group: the row, and what it must not be told apart from when drawing.
         nll: sum of -log p over the row's trained tokens, in nats; `tokens`: their number.
         text: the greedy answer, None where none was generated; `reference`: the wanted one.
+        rejected_nll, rejected_tokens: as nll and tokens, of a pair's rejected answer; None where there is none.
+        reward: of the greedy answer, None where none was asked or applies.
     """
 
     id: str
@@ -35,6 +37,9 @@ class Answer:
     tokens: int
     text: str | None
     reference: str
+    rejected_nll: float | None = None
+    rejected_tokens: int = 0
+    reward: float | None = None
 
 
 def normalise(text: str) -> str:
@@ -66,8 +71,26 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def _per_row(answers: Sequence[Answer], labels: Sequence[str]) -> dict[str, Array]:
-    """Per metric the rows' summands, an array (rows, summands)."""
+def prefers(answer: Answer) -> float:
+    """Whether the chosen answer is the likelier one per token (a longer answer is not less likely for its length)."""
+    if answer.rejected_nll is None:
+        return 0.0
+    return _above(answer.rejected_nll / max(1, answer.rejected_tokens), answer.nll / max(1, answer.tokens))
+
+
+def rewards_chosen(answer: Answer, start: Answer) -> float:
+    """Whether the chosen answer gained more log-probability over the start than the rejected one (DPO's accuracy)."""
+    if answer.rejected_nll is None or start.rejected_nll is None:
+        return 0.0
+    return _above(start.nll - answer.nll, start.rejected_nll - answer.rejected_nll)
+
+
+def _above(left: float, right: float) -> float:
+    return 0.5 if left == right else float(left > right)
+
+
+def _per_row(answers: Sequence[Answer], labels: Sequence[str], start: Sequence[Answer]) -> dict[str, Array]:
+    """Per metric the rows' summands, an array (rows, summands); `start`: the base's answers to the same rows."""
     found = {"loss": np.array([[a.nll, a.tokens] for a in answers], dtype=float).reshape(-1, 2)}
     found["perplexity"] = found["loss"]
     if any(a.text is not None for a in answers):
@@ -77,6 +100,11 @@ def _per_row(answers: Sequence[Answer], labels: Sequence[str]) -> dict[str, Arra
             counted = np.array([normalise(a.reference) in labels for a in answers], dtype=float)[:, None]
             found["label_accuracy"] = found["exact_match"] * counted
             found["macro_f1"] = _confusion(answers, labels)
+    if any(a.rejected_nll is not None for a in answers):
+        found["preference_accuracy"] = np.array([[prefers(a), 1.0] for a in answers])
+        found["reward_accuracy"] = np.array([[rewards_chosen(*both), 1.0] for both in zip(answers, start, strict=True)])
+    if any(a.reward is not None for a in answers):
+        found["reward"] = np.array([[a.reward or 0.0, a.reward is not None] for a in answers], dtype=float)
     return found
 
 
@@ -119,6 +147,9 @@ VALUES: dict[str, Callable[[Array], Array]] = {
     "token_f1": _ratio,
     "label_accuracy": _ratio,
     "macro_f1": _macro_f1,
+    "preference_accuracy": _ratio,
+    "reward_accuracy": _ratio,  # the base's is one half: against itself nothing gained
+    "reward": _ratio,
 }
 
 
@@ -151,10 +182,10 @@ def compare(
     count = int(groups.max()) + 1
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
     swaps = generator.integers(0, 2, size=(resamples, count)).astype(float)
-    rows_b, rows_t = _per_row(base, labels), _per_row(tuned, labels)
+    rows_b, rows_t = _per_row(base, labels, base), _per_row(tuned, labels, base)
     result: dict[str, Any] = {}
     for name in metrics:
-        if name not in rows_b or not rows_b[name].any():
+        if name not in rows_b or not (rows_b[name].any() or rows_t[name].any()):
             continue
         sums_b, sums_t = _by_group(rows_b[name], groups, count), _by_group(rows_t[name], groups, count)
         value = VALUES[name]
@@ -164,6 +195,14 @@ def compare(
             "p_value": _permutation(sums_b, sums_t, swaps, value),
         }
     return {"n": len(base), "metrics": result}
+
+
+def values(
+    answers: Sequence[Answer], metrics: Sequence[str], labels: Sequence[str], start: Sequence[Answer]
+) -> dict[str, float]:
+    """Metrics of one model, without intervals; what these rows do not have is left out."""
+    rows = _per_row(answers, [normalise(label) for label in labels], start)
+    return {name: float(VALUES[name](rows[name].sum(0))) for name in metrics if name in rows}
 
 
 def _by_group(rows: Array, groups: Array, count: int) -> Array:

@@ -83,9 +83,12 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]
     tokenizer = prepared.tokenizer
 
     from finetune import evals, stages, tracking  # torch comes in here, after all that is cheap to refuse
-    from finetune.trainers import check_extra
+    from finetune.arguments import check_extra
+    from finetune.rewards import check as check_rewards
 
     check_extra(recipe)
+    if recipe.method.type == "grpo":
+        check_rewards(recipe.method.rewards)
     stages.use_cores(device)
     tracking.choose_mode(recipe)
     say(*tokenizer.notes)
@@ -93,13 +96,15 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]
     layout = stages.write_layout(recipe, device, prepared, folder)
     rows = read_rows(prepared.folder, "train")
     held_out = read_rows(prepared.folder, "eval")
-    measured = evals.choose_rows(held_out, recipe)
+    measured, watched = evals.choose_rows(held_out, recipe)
     stages.write_masks(folder, rows, tokenizer)
 
     model = stages.load(recipe, tokenizer, device)
     base = stages.base_answers(recipe, model, tokenizer, measured, folder)
+    known = stages.reference(recipe, layout, tokenizer, model, rows)
+    layout = stages.rewards(recipe, layout, tokenizer, model, rows, folder)
     tracker = tracking.start(recipe, folder, opened.id) if is_main() else tracking.Tracker()
-    trainer, watch = stages.build(recipe, layout, tokenizer, model, rows, held_out, folder, tracker)
+    trainer, watch = stages.build(recipe, layout, tokenizer, model, rows, watched, folder, tracker, known)
     preflight = stages.preflight(recipe, layout, tokenizer, trainer, rows, prepared, folder)
     stages.fit(trainer, watch, preflight, folder)
     stages.save(recipe, trainer, tokenizer, folder)

@@ -14,6 +14,7 @@ OPT_OUTS = {
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizers library warns after a fork otherwise
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
 }
 
 

@@ -1,20 +1,22 @@
 """The recipe: what a run is asked to do, as frozen pydantic models. Unknown keys are errors.
 
-This module, with the data section in schema_data.py, is the only list of recipe fields; the reference page and the
-JSON Schema are generated from it. It imports neither torch nor transformers, so that a recipe is checked in
-milliseconds.
+This module, with the sections in schema_data.py, schema_method.py and schema_rewards.py, is the only list of recipe
+fields; the reference page and the JSON Schema are generated from it. It imports neither torch nor transformers, so that
+a recipe is checked in milliseconds.
 """
 
 from __future__ import annotations
 
+import difflib
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from recipes.refs import Ref, parse_ref
 from recipes.schema_data import Data
+from recipes.schema_method import METHODS, SFT, Method
 from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Section, Text
 
 
@@ -141,14 +143,28 @@ class Adapter(Section):
         return value
 
 
-class SFT(Section):
-    """Supervised fine-tuning."""
+class Best(Section):
+    """Keep the weights of the best evaluation, and stop when there is no better one for long."""
 
-    type: Literal["sft"] = Field("sft", description="the only method so far")
-    on: Literal["assistant", "text"] = Field(
-        "assistant",
-        description="assistant: loss on the assistant's tokens; text: on every token (continued pretraining)",
+    metric: Metric = Field("loss", description="what decides; measured at every train.eval_every")
+    patience: Count | None = Field(None, description="stop after this many evaluations without a better one")
+    min_change: Annotated[Float, Field(ge=0)] = Field(0.0, description="what counts as better")
+
+
+class Guards(Section):
+    """What stops a run, with a checkpoint and a diagnosis. null switches a guard off; NaN always stops."""
+
+    kl: Annotated[Float, Field(gt=0)] | None = Field(10.0, description="mean KL to the start per token, in nats (GRPO)")
+    length: Annotated[Float, Field(gt=1)] | None = Field(
+        4.0, description="completions this many times as long as at the start and half of them cut (GRPO)"
     )
+    entropy: Annotated[Float, Field(gt=0, lt=1)] | None = Field(
+        0.02, description="entropy of the completions down to this share of the start's (GRPO)"
+    )
+    chosen_falls: Annotated[Float, Field(gt=0)] | None = Field(
+        100.0, description="log-probability of chosen answers this far below the start's, in nats (DPO, KTO)"
+    )
+    window: Count = Field(10, description="log lines in a row for which it must hold")
 
 
 class Train(Section):
@@ -176,7 +192,11 @@ class Train(Section):
     )
     gradient_checkpointing: Literal["auto"] | Bool = Field("auto", description="recompute activations to save memory")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: an NVIDIA card where one answers")
-    eval_every: Fraction | Count | None = Field(None, description="steps, or share of the run, between held-out losses")
+    eval_every: Fraction | Count | None = Field(
+        None, description="steps, or share of the run, between measurements on held-out rows"
+    )
+    best: Best | None = Field(None, description="keep the best weights instead of the last, and stop early")
+    guards: Guards = Field(default_factory=Guards, description="what stops a run that goes wrong")
     save_every: Fraction | Count = Field(0.25, description="steps, or share of the run, between checkpoints")
     keep_checkpoints: Count = Field(2, description="older checkpoints are deleted")
     log_every: Count = Field(1, description="steps between log lines")
@@ -195,17 +215,45 @@ class Train(Section):
     def _one_length(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("epochs and max_steps say the same thing; give one of them")
+        if self.best is not None and self.eval_every is None:
+            raise ValueError("best is decided by evaluations: set eval_every, such as 0.1")
         return self
 
 
-Metric = Literal["loss", "perplexity", "exact_match", "label_accuracy", "macro_f1", "token_f1"]
+Metric = Literal[
+    "loss",
+    "perplexity",
+    "exact_match",
+    "label_accuracy",
+    "macro_f1",
+    "token_f1",
+    "preference_accuracy",
+    "reward_accuracy",
+    "reward",
+]
+DEFAULT_METRICS: dict[str, tuple[Metric, ...]] = {
+    "sft": ("loss", "perplexity", "exact_match", "token_f1"),
+    "dpo": ("preference_accuracy", "reward_accuracy", "loss"),
+    "kto": ("preference_accuracy", "reward_accuracy", "loss"),
+    "orpo": ("preference_accuracy", "loss", "perplexity"),
+    "reward": ("preference_accuracy",),
+    "grpo": ("reward", "exact_match"),
+}
+POSSIBLE_METRICS: dict[str, set[str]] = {
+    "sft": set(get_args(Metric)) - {"preference_accuracy", "reward_accuracy", "reward"},
+    "dpo": set(get_args(Metric)) - {"reward"},
+    "kto": set(get_args(Metric)) - {"reward"},
+    "orpo": set(get_args(Metric)) - {"reward"},
+    "reward": {"preference_accuracy"},
+    "grpo": {"reward", "exact_match", "label_accuracy", "macro_f1", "token_f1"},
+}
 
 
 class Eval(Section):
     """The measurement of base and tuned model on the held-out rows."""
 
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = Field(
-        ("loss", "perplexity", "exact_match", "token_f1"), description="what to measure"
+        DEFAULT_METRICS["sft"], description="what to measure; the default depends on the method (docs/methods.md)"
     )
     samples: Annotated[Int, Field(ge=1)] | None = Field(
         200, description="held-out rows to measure, drawn by the seed (whole groups); null: all"
@@ -259,13 +307,48 @@ class Recipe(Section):
     adapter: Adapter | None = Field(default_factory=Adapter, description="null: full fine-tuning")
     data: Data
     teacher: Teacher | None = Field(None, description="judged by the gate; no stage generates with it yet")
-    method: SFT = Field(default_factory=SFT)
+    method: Method = Field(default_factory=SFT)
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)
     track: Track = Field(default_factory=Track)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _metrics_of_the_method(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        method, ask = value.get("method", "sft"), value.get("eval") or {}
+        kind = method.get("type", "sft") if isinstance(method, dict) else method
+        if kind not in DEFAULT_METRICS or not isinstance(ask, dict) or ask.get("metrics") is not None:
+            return value
+        return {**value, "eval": {**ask, "metrics": DEFAULT_METRICS[kind]}}
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        made = {"type": value} if isinstance(value, str) else value
+        if not isinstance(made, dict):
+            return made
+        made = {"type": "sft", **made}
+        if made["type"] not in METHODS:
+            close = difflib.get_close_matches(str(made["type"]), METHODS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"methods are {', '.join(METHODS)}"
+            raise ValueError(f"there is no method '{made['type']}'; {hint}")
+        return made
+
     @model_validator(mode="after")
     def _together(self) -> Self:
+        kind = self.method.type
+        wanted = [*self.eval.metrics, *([self.train.best.metric] if self.train.best else [])]
+        if wrong := [m for m in wanted if m not in POSSIBLE_METRICS[kind]]:
+            known = ", ".join(m for m in get_args(Metric) if m in POSSIBLE_METRICS[kind])
+            raise ValueError(f"the metric {wrong[0]} does not exist for method {kind}; there are {known}")
+        if kind != "sft" and self.train.packing:
+            raise ValueError(f"packing is for method sft; {kind} compares whole answers: set train.packing to false")
+        if self.longest_row < 8:
+            raise ValueError("method.max_new_tokens leaves no room for a prompt: raise train.seq_len")
+        if self.train.best is not None and self.data.eval is None:
+            raise ValueError("train.best needs held-out rows: give data.eval")
         if self.data.requests and self.teacher is None:
             raise ValueError("data.requests are made for a teacher: name one (teacher: {model: ...})")
         if self.adapter is None and self.model.quantization != "none":
@@ -277,6 +360,11 @@ class Recipe(Section):
                 f"adapter.init {self.adapter.init} needs unquantised weights: set model.quantization to none"
             )
         return self
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens that a row may have: under a reward it is a prompt, and the completion needs its room."""
+        return self.train.seq_len - (self.method.max_new_tokens if self.method.type == "grpo" else 0)
 
     @property
     def run_dir(self) -> Path:

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    Field,
-    GetJsonSchemaHandler,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from recipes.benchmarks import BENCHMARKS
 from recipes.refs import Ref, parse_ref
-from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Section, Text
+from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Named, Section, Text
 
 # fmt: off
 QualityRule = Literal[
@@ -220,10 +213,7 @@ def _benchmark(entry: dict[str, str]) -> Source:
     return Source.model_validate({**place, "columns": {"text": entry["text"]}})
 
 
-NEED_OPTIONS = {"language": "keep: [en]", "length": "max_tokens: 2000", "semantic_dedup": "model: org/name@revision"}
-
-
-class Step(Section):
+class Step(Named):
     """One preparation step: its name, or its name with options."""
 
     clean: Clean | None = None
@@ -236,44 +226,12 @@ class Step(Section):
     semantic_dedup: SemanticDedup | None = None
     decontaminate: Decontaminate | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if value not in cls.model_fields:
-                close = difflib.get_close_matches(value, cls.model_fields, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"steps are {', '.join(cls.model_fields)}"
-                raise ValueError(f"there is no step '{value}'; {hint}")
-            if value in NEED_OPTIONS:
-                raise ValueError(f"the step {value} needs options: {{{value}: {{{NEED_OPTIONS[value]}}}}}")
-            return {value: {}}
-        if isinstance(value, dict):
-            return {name: {} if options is None else options for name, options in value.items()}
-        return value
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if len(self.model_fields_set) != 1:
-            raise ValueError("a step is one name: write - before each")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: options for name, options in handler(self).items() if options is not None}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """A name alone is a step too."""
-        as_map = handler(core)
-        return {"anyOf": [{"type": "string", "enum": list(cls.model_fields)}, as_map]}
-
-    @property
-    def name(self) -> str:
-        return next(iter(self.model_fields_set))
-
-    @property
-    def options(self) -> Any:
-        return getattr(self, self.name)
+    noun: ClassVar[str] = "step"
+    needs: ClassVar[dict[str, str]] = {
+        "language": "keep: [en]",
+        "length": "max_tokens: 2000",
+        "semantic_dedup": "model: org/name@revision",
+    }
 
 
 class Holdout(Section):

@@ -52,6 +52,7 @@ BATCH_ROWS = 8  # windows of a step
 PRACTICE_ROWS = 16  # practice rows of a step
 BUDGET = {"practice": 720_000, "pretraining": 6_800_000, "tuning": 2_500_000, "tuning after growth": 850_000}  # tokens
 ARITHMETIC_ROWS = {"train": 3000, "heldout": 400}
+COMPARISONS = {"train": 3000, "heldout": 400}
 
 # Share of documents by part. Arithmetic chat mostly answers without working, so the base stays a weak calculator.
 PARTS: dict[str, tuple[float, Callable[[random.Random], Any]]] = {
@@ -200,7 +201,12 @@ def write_arithmetic(folder: Path, seed: int) -> None:
         rows = arithmetic.rows(seed, count, heldout=split == "heldout")
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(cards.ARITHMETIC.format(**ARITHMETIC_ROWS), encoding="utf-8")
+    for split, count in COMPARISONS.items():
+        pairs = arithmetic.comparisons(seed, count, heldout=split == "heldout")
+        text = "".join(json.dumps(row) + "\n" for row in pairs)
+        (folder / f"comparisons{'_heldout' * (split == 'heldout')}.jsonl").write_text(text, encoding="utf-8")
+    sizes = {**ARITHMETIC_ROWS, **{f"compared_{split}": count for split, count in COMPARISONS.items()}}
+    (folder / "README.md").write_text(cards.ARITHMETIC.format(**sizes), encoding="utf-8")
     (folder / "LICENSE").write_text(cards.CC0, encoding="utf-8")
 
 

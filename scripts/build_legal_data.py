@@ -260,10 +260,36 @@ def conversations(seed: int, table: list[dict[str, Any]]) -> list[dict[str, Any]
     return made
 
 
+def preferences(seed: int, split: str, table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One pair a clause: a question with its answer, and a wrong answer of the same kind.
+
+    Wrong is another clause type, the other of yes and no, or what another clause gives for the same field.
+    """
+    rng = Random(f"{seed}/preferences/{split}")
+    answers: dict[str, list[str]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in table:
+        answers.setdefault(row["field"], []).append(row["messages"][-1]["content"])
+        groups.setdefault(row["group"], []).append(row)
+    made = []
+    for asked in groups.values():
+        row = rng.choice(asked)
+        question, answer = (message["content"] for message in row["messages"])
+        wrong = rng.choice(sorted({other for other in answers[row["field"]] if other != answer}))
+        kept = {name: row[name] for name in ("task", "field", "clause_type", "wording", "group")}
+        made.append({"prompt": question, "chosen": answer, "rejected": wrong, **kept})
+    return made
+
+
 def build(seed: int) -> dict[str, bytes]:
     """The files of the data set by name."""
     made = {split: rows(seed, split) for split in SIZES}
-    tables = {**made, "conversations": conversations(seed, made["train"])}
+    tables = {
+        **made,
+        "conversations": conversations(seed, made["train"]),
+        "preferences": preferences(seed, "train", made["train"]),
+        "preferences_heldout": preferences(seed, "heldout", made["heldout"]),
+    }
     files = {
         f"{split}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
         for split, table in tables.items()

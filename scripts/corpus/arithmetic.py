@@ -89,6 +89,25 @@ def rows(seed: int, count: int, heldout: bool) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def comparisons(seed: int, count: int, heldout: bool) -> list[dict[str, str]]:
+    """`count` prompt rows that ask for the greater or the lesser of two numbers, with the right one as `answer`.
+
+    An unordered pair of numbers belongs to one split.
+    """
+    rng = random.Random(f"comparisons {seed} {heldout}")
+    found: dict[str, dict[str, str]] = {}
+    while len(found) < count:
+        problem = Problem("compare", *rng.sample(range(2, 100), 2))
+        if is_heldout(problem) != heldout:
+            continue
+        kind = rng.choice(("greater", "less"))
+        writer = Writer(rng, {"a": str(problem.a), "b": str(problem.b)})
+        text = writer.write(rng.choice(load_yaml("arithmetic.yaml")[kind]))
+        answer = max(problem.a, problem.b) if kind == "greater" else min(problem.a, problem.b)
+        found.setdefault(text, {"prompt": text, "answer": str(answer)})
+    return list(found.values())
+
+
 def chat(rng: random.Random, thinking: float) -> list[dict[str, str]]:
     """A conversation on a train-side problem; a share of `thinking` shows the steps, the rest answers in a sentence."""
     made = row(rng, draw(rng, heldout=False))

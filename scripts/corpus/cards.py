@@ -74,7 +74,10 @@ language: en
 numbers up to 30 and small products, as expressions and as one-step word problems. `answer` is the right number;
 `messages` holds the question and the answer with its worked steps in `reasoning_content`.
 
-No held-out pair of operands is in the train rows, in either order; one in eight pairs is held out.
+`comparisons.jsonl` and `comparisons_heldout.jsonl` hold {compared_train:,} and {compared_heldout:,} prompts that ask
+for the greater or the lesser of two numbers up to 99, with the right one as `answer`: prompts for learning by reward.
+
+No held-out pair of numbers is in the train rows, in either order; one in eight pairs is held out.
 The rows are in the public domain (CC0 1.0).
 """
 

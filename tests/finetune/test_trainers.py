@@ -182,7 +182,7 @@ def reloaded_loss(recipe: Any, run: Path) -> float:
         model = AutoModelForCausalLM.from_pretrained(run / "model")
     else:
         model = PeftModel.from_pretrained(load_base(recipe, tokenizer, find_device("cpu")), run / "adapter")
-    rows = choose_rows(read_rows(run / "data", "eval"), recipe)
+    rows, _ = choose_rows(read_rows(run / "data", "eval"), recipe)
     answers = measure(model, tokenizer, rows, recipe, "test")
     return sum(a.nll for a in answers) / sum(a.tokens for a in answers)
 

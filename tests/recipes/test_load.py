@@ -165,7 +165,7 @@ def test_overrides_are_yaml_typed_and_fail_like_files(tmp_path: Path) -> None:
         (MINIMAL.replace("- path: rows.jsonl", "[]"), "needs at least one entry"),
         (MINIMAL.replace("path: rows.jsonl", "path: a\n      hub: b/c"), "exactly one of path, hub, embedded"),
         (MINIMAL.replace("path: rows.jsonl", "limit: 3"), "exactly one of path, hub, embedded"),
-        (MINIMAL + "method: {type: dpo}\n", "'method.type': input should be 'sft', not 'dpo'"),
+        (MINIMAL + "method: {type: dpoo}\n", "there is no method 'dpoo'; did you mean dpo?"),
         (MINIMAL + "adapter: {r: 0}\n", "greater than or equal to 1"),
         (MINIMAL + "schema_version: 2\n", "'schema_version'"),
         (MINIMAL + "eval: {metrics: [macro_f1]}\n", "need eval.labels"),

@@ -1,0 +1,230 @@
+"""Before GRPO trains: the base answers a few prompts, its rewards are shown, and the engine for completions is chosen.
+
+A group whose completions all get the same reward teaches nothing; where (almost) every group is so, the loss is 0 and
+stays 0. That is found here, within a minute, and said.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.tokens import Tokenizer
+from finetune.evals import end_tokens, until_end
+from finetune.policy import Scored, is_flat, sampling
+from finetune.runs import say
+from finetune.sequences import evaluating, padded
+from recipes.errors import RetortError, out_of_memory
+from recipes.lineage import write_atomic
+from recipes.schema import Recipe
+from recipes.schema_method import GRPO
+
+FLAT = 0.95  # share of groups without a difference from which nothing can be learned
+SHOWN = 4  # completions kept of each of the first groups
+
+
+def check_rewards(
+    recipe: Recipe, model: Any, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], engine: str
+) -> dict[str, Any]:
+    """Sample the model on some prompts and score what it says.
+
+    Args:
+        rows: prepared prompts.
+        engine: `plain` or `continuous`; `auto` measures both on these prompts and takes the faster one.
+
+    Returns:
+        `{engine, seconds: {engine: s}, groups, generations, zero_variance_groups, truncated_share, completion_length,
+        rewards: {name: {mean, std, low, high, none, counts}}, samples}`.
+    """
+    method = recipe.method
+    assert isinstance(method, GRPO)
+    lines = list(range(len(rows)))
+    random.Random(f"{recipe.seed} rewards").shuffle(lines)
+    lines = [line for line in lines[: method.sample_groups] for _ in range(method.generations)]
+    prompts = [list(rows[line]["input_ids"]) for line in lines]
+    seconds: dict[str, float] = {}
+    completions: list[list[int]] = []
+    with _own_randomness(recipe.seed):
+        for name in ("plain", "continuous") if engine == "auto" else ("plain",):
+            started = time.monotonic()
+            made = ENGINES[name](model, tokenizer, prompts, method, recipe, seconds.get("plain"))
+            if made is not None:
+                seconds[name] = round(time.monotonic() - started, 3)
+                completions = completions or made
+    scored = Scored(recipe, tokenizer, rows)
+    columns = scored.columns(lines, completions)
+    sums = [scored.sum_of(row) for row in zip(*columns, strict=True)]
+    groups = [sums[i : i + method.generations] for i in range(0, len(sums), method.generations)]
+    flat = [is_flat(group) for group in groups]
+    ends = set(end_tokens(model, tokenizer))
+    texts = [sample.completion for sample in scored.samples(lines, completions)]
+    return {
+        "engine": min(seconds, key=seconds.__getitem__) if engine == "auto" else engine,
+        "seconds": seconds,
+        "groups": len(groups),
+        "generations": method.generations,
+        "zero_variance_groups": sum(flat) / len(flat),
+        "truncated_share": sum(not ids or ids[-1] not in ends for ids in completions) / len(completions),
+        "completion_length": sum(map(len, completions)) / len(completions),
+        "rewards": {
+            name: _spread(values) for name, values in [*zip(scored.names, columns, strict=True), ("sum", sums)]
+        },
+        "samples": [
+            {
+                "prompt": scored.samples([lines[i]], [[]])[0].prompt,
+                "completions": texts[i : i + SHOWN],
+                "rewards": sums[i : i + SHOWN],
+            }
+            for i in range(0, min(len(lines), 4 * method.generations), method.generations)
+        ],
+    }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    known = [value for value in values if value is not None]
+    mean = sum(known) / len(known) if known else 0.0
+    return {
+        "mean": mean,
+        "std": (sum((v - mean) ** 2 for v in known) / len(known)) ** 0.5 if known else 0.0,
+        "low": min(known, default=0.0),
+        "high": max(known, default=0.0),
+        "none": len(values) - len(known),
+        "counts": sorted(Counter(round(v, 2) for v in known).items()),
+    }
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Any:
+    """Draws of its own, so that the run's are those it would have had without this check."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _generation(model: Any, tokenizer: Tokenizer, method: GRPO) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=method.max_new_tokens,
+        do_sample=True,
+        pad_token_id=tokenizer.backend.pad_token_id,
+        eos_token_id=end_tokens(model, tokenizer),
+        **sampling(method),
+    )
+
+
+def _plain(
+    model: Any, tokenizer: Tokenizer, prompts: list[list[int]], method: GRPO, recipe: Recipe, _: float | None
+) -> list[list[int]]:
+    """One batch after the other, each padded to its longest prompt, as many as train in one forward."""
+    made: list[list[int]] = []
+    config, ends = _generation(model, tokenizer, method), end_tokens(model, tokenizer)
+    size = max(1, min(len(prompts), method.prompts_per_step * method.generations))
+    with evaluating(model), torch.inference_mode():
+        for start in range(0, len(prompts), size):
+            ids, mask = padded(prompts[start : start + size], tokenizer, model.device, left=True)
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            made += [until_end(line, ends) for line in output[:, ids.shape[1] :].tolist()]
+    return made
+
+
+def _continuous(
+    model: Any, tokenizer: Tokenizer, prompts: list[list[int]], method: GRPO, recipe: Recipe, plain: float | None
+) -> list[list[int]] | None:
+    """Transformers' continuous batching; None where it does not run on this model or device."""
+    if model.device.type == "cpu":
+        return None  # its cache manager claims a share of the machine's memory, for a device that it was not made for
+    from transformers.generation import ContinuousBatchingConfig
+
+    try:
+        with evaluating(model), torch.inference_mode():
+            outputs = model.generate_batch(
+                prompts,
+                generation_config=_generation(model, tokenizer, method),
+                continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.5),
+                progress_bar=False,
+            )
+        return [list(output.generated_tokens) for output in outputs.values()]
+    except Exception as error:  # an attention or a cache that it has no kernel for
+        if out_of_memory(error):
+            torch.cuda.empty_cache()
+        say(f"continuous batching does not run here ({' '.join(str(error).split())[:120]})")
+        return None
+
+
+ENGINES: dict[str, Any] = {"plain": _plain, "continuous": _continuous}
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """The check as lines for a person."""
+    lines = [
+        f"rewards of the base, {found['groups']} prompts x {found['generations']} completions "
+        f"(mean length {found['completion_length']:.0f}, {found['truncated_share']:.0%} cut):"
+    ]
+    width = max(len(name) for name in found["rewards"])
+    for name, spread in found["rewards"].items():
+        none = f", {spread['none']} without" if spread["none"] else ""
+        lines.append(
+            f"  {name.ljust(width)}  mean {spread['mean']:7.3f}  std {spread['std']:6.3f}  "
+            f"{_bars(spread['counts'])}{none}"
+        )
+    lines.append(f"  groups in which all completions get the same sum: {found['zero_variance_groups']:.0%}")
+    times = ", ".join(f"{name} {s:.1f} s" for name, s in found["seconds"].items())
+    lines.append(f"  completions by engine '{found['engine']}' ({times})")
+    return lines
+
+
+def _bars(counts: Sequence[Sequence[float]]) -> str:
+    if len(counts) > 6:
+        return f"{counts[0][0]:g} .. {counts[-1][0]:g} ({len(counts)} values)"
+    return "  ".join(f"{value:g}: {int(number)}x" for value, number in counts)
+
+
+def require_signal(found: dict[str, Any], place: str) -> None:
+    """Raise where nothing could be learned.
+
+    Raises:
+        RetortError: (almost) no group holds two different sums of rewards.
+    """
+    if found["zero_variance_groups"] < FLAT:
+        return
+    spread = found["rewards"]["sum"]
+    if spread["high"] == spread["low"]:
+        what = f"every completion gets the reward {spread['low']:g}"
+    else:
+        what = "in each group all completions get the same reward"
+    if spread["mean"] <= spread["low"] + 1e-9:
+        remedy = (
+            "the task is beyond this base: take easier prompts, start from an SFT run (model.run), or add a reward for "
+            "the format; or raise method.sample_groups, generations or temperature"
+        )
+    else:
+        remedy = "the prompts are too easy, or the rewards do not tell answers apart: change one of them"
+    raise RetortError(
+        f"{what} ({found['zero_variance_groups']:.0%} of {found['groups']} groups without a difference): the loss "
+        "would be 0",
+        place,
+        remedy,
+    )
+
+
+def load_check(path: Path) -> dict[str, Any] | None:
+    """What an interrupted attempt found: a run that goes on keeps its engine."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        return None
+
+
+def save_check(path: Path, found: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,186 @@
+"""The method section of a recipe: how the model learns from the rows, with the options of each method.
+
+Names and defaults follow TRL's configs, whose trainers do the work; where a default differs, the description says why.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from recipes.schema_rewards import RewardTerm
+from recipes.sections import Bool, Count, Float, Int, Section, Text
+
+RowKind = Literal["chat", "text", "preference", "labelled", "prompt"]
+Positive = Annotated[Float, Field(gt=0)]
+NotNegative = Annotated[Float, Field(ge=0)]
+
+DPOLoss = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
+]  # fmt: skip
+GRPOLoss = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo", "vespo"]
+
+
+class SFT(Section):
+    """Supervised fine-tuning on chats or plain texts."""
+
+    type: Literal["sft"] = Field("sft", description="supervised fine-tuning")
+    on: Literal["assistant", "text"] = Field(
+        "assistant",
+        description="assistant: loss on the assistant's tokens; text: on every token (continued pretraining)",
+    )
+
+    @property
+    def kinds(self) -> tuple[RowKind, ...]:
+        """Kinds of rows that the method reads."""
+        return ("chat",) if self.on == "assistant" else ("text",)
+
+
+class DPO(Section):
+    """Direct preference optimisation on pairs of a chosen and a rejected answer (Rafailov et al. 2023)."""
+
+    type: Literal["dpo"] = Field(description="direct preference optimisation")
+    loss: Annotated[dict[DPOLoss, Positive], Field(min_length=1)] = Field(
+        {"sigmoid": 1.0},
+        description="losses and their weights; sigmoid_norm and ipo normalise by length, sft adds the chosen answer's",
+    )
+    beta: Positive = Field(0.1, description="strength of the pull towards the reference; 0.01 to 0.5 are usual")
+    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="share of pairs whose labels are taken to be wrong (cDPO, robust DPO, EXO)"
+    )
+    reference_free: Bool = Field(False, description="compare with a uniform reference instead of the model's start")
+    length_desensitised: Annotated[Float, Field(ge=0, le=1)] | None = Field(
+        None, description="LD-DPO: weight of the tokens beyond the shorter answer's length; null: all count alike"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_loss(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("loss"), str):
+            return {**value, "loss": {value["loss"]: 1.0}}
+        return value
+
+    @model_validator(mode="after")
+    def _smoothed(self) -> Self:
+        if "exo_pair" in self.loss and not self.label_smoothing:
+            raise ValueError("the loss exo_pair needs label_smoothing above 0; its authors use 1e-3")
+        if self.reference_free and self.length_desensitised is not None:
+            raise ValueError("length_desensitised weighs the reference's tokens too: leave reference_free out")
+        return self
+
+    @property
+    def kinds(self) -> tuple[RowKind, ...]:
+        return ("preference",)
+
+
+class KTO(Section):
+    """Learning from single answers labelled good or bad (Ethayarajh et al. 2024). Pairs count as one of each."""
+
+    type: Literal["kto"] = Field(description="Kahneman-Tversky optimisation")
+    loss: Literal["kto", "apo_zero_unpaired"] = Field("kto", description="apo_zero_unpaired needs no KL term")
+    beta: Positive = Field(0.1, description="strength of the pull towards the reference")
+    desirable_weight: Positive = Field(1.0, description="weight of good answers")
+    undesirable_weight: Positive = Field(
+        1.0, description="weight of bad ones; (good rows x their weight) / (bad rows x theirs) is best from 1 to 4/3"
+    )
+
+    @property
+    def kinds(self) -> tuple[RowKind, ...]:
+        return ("labelled", "preference")
+
+
+class ORPO(Section):
+    """Odds-ratio preference optimisation: imitation and preference in one loss, no reference (Hong et al. 2024)."""
+
+    type: Literal["orpo"] = Field(description="odds-ratio preference optimisation")
+    beta: Positive = Field(0.1, description="weight of the odds ratio against the chosen answers' loss (lambda)")
+    imitate: Literal["answer", "all"] = Field(
+        "answer", description="tokens of the chosen side that are imitated; all: the prompt too, as TRL does"
+    )
+
+    @property
+    def kinds(self) -> tuple[RowKind, ...]:
+        return ("preference",)
+
+
+class RewardModel(Section):
+    """A model that scores answers, trained on pairs (Bradley-Terry)."""
+
+    type: Literal["reward"] = Field(description="a reward model")
+    center: NotNegative | None = Field(
+        None, description="weight of the squared sum of both scores, which keeps them around 0 (0.01 is usual)"
+    )
+
+    @property
+    def kinds(self) -> tuple[RowKind, ...]:
+        return ("preference",)
+
+
+class VLLM(Section):
+    """Completions by vLLM."""
+
+    mode: Literal["colocate", "server"] = Field("colocate", description="in the training process, or a running server")
+    url: Text | None = Field(None, description="server: where `trl vllm-serve` listens, such as http://127.0.0.1:8000")
+    memory: Annotated[Float, Field(gt=0, lt=1)] = Field(0.3, description="colocate: share of the card for vLLM")
+    sleep: Bool = Field(True, description="colocate: give the memory back while the weights are trained")
+    tensor_parallel: Count = Field(1, description="colocate: cards that share one copy of the model")
+
+    @model_validator(mode="after")
+    def _address(self) -> Self:
+        if (self.mode == "server") != (self.url is not None):
+            raise ValueError("mode server needs url, and mode colocate has none")
+        return self
+
+
+class GRPO(Section):
+    """Group-relative policy optimisation: the model's own completions, scored by rewards (Shao et al. 2024)."""
+
+    type: Literal["grpo"] = Field(description="group-relative policy optimisation")
+    rewards: Annotated[tuple[RewardTerm, ...], Field(min_length=1)] = Field(
+        description="reward functions, each a name or a name with options; their weighted sum is the reward"
+    )
+    prompts_per_step: Count = Field(8, description="prompts in one optimiser step, over all devices")
+    generations: Annotated[Int, Field(ge=2)] = Field(8, description="completions of a prompt, compared as one group")
+    max_new_tokens: Count = Field(256, description="longest completion")
+    iterations: Count = Field(1, description="updates on the same completions (mu)")
+    loss: GRPOLoss = Field("dapo", description="how the token losses are put together")
+    beta: NotNegative = Field(0.0, description="weight of the KL to the starting model; 0 leaves it out")
+    epsilon: Annotated[Float, Field(gt=0, lt=1)] = Field(0.2, description="lower clipping of the probability ratio")
+    epsilon_high: Positive | None = Field(None, description="upper clipping (DAPO: 0.28); null: as epsilon")
+    delta: Positive | None = Field(None, description="second upper limit of the ratio (two-sided clipping)")
+    importance_sampling: Literal["token", "sequence"] = Field("token", description="level of the ratio; GSPO: sequence")
+    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="what advantages are divided by")
+    mask_truncated: Bool = Field(False, description="completions cut at max_new_tokens do not count in the loss")
+    temperature: Positive = Field(1.0, description="of the sampling")
+    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="nucleus sampling; 1: off")
+    top_k: Annotated[Int, Field(ge=0)] = Field(0, description="sampling among the k likeliest tokens; 0: off")
+    min_p: Annotated[Float, Field(ge=0, lt=1)] | None = Field(None, description="least share of the likeliest token")
+    engine: Literal["auto", "plain", "continuous", "vllm"] = Field(
+        "auto", description="who writes completions; auto measures transformers' plain and continuous batching"
+    )
+    vllm: VLLM | None = Field(None, description="engine vllm: how it runs")
+    sample_groups: Count = Field(
+        8, description="prompts that the base answers before training, to show the rewards and measure the engines"
+    )
+    show_every: Count = Field(10, description="steps between kept sample completions")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        names = [term.name for term in self.rewards]
+        if twice := sorted({name for name in names if names.count(name) > 1 and name != "function"}):
+            raise ValueError(f"the reward {twice[0]} is listed twice; give it one weight")
+        if self.vllm is not None and self.engine != "vllm":
+            raise ValueError("method.vllm says how vLLM runs: set engine: vllm, or leave it out")
+        if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
+            raise ValueError("delta must lie above 1 + epsilon_high, or it hides that limit")
+        return self
+
+    @property
+    def kinds(self) -> tuple[RowKind, ...]:
+        return ("prompt", "chat")
+
+
+Method = Annotated[SFT | DPO | KTO | ORPO | RewardModel | GRPO, Field(discriminator="type")]
+METHODS = ("sft", "dpo", "kto", "orpo", "reward", "grpo")
