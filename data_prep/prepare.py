@@ -27,10 +27,12 @@ from recipes.errors import DataError, GateError
 from recipes.evidence import to_record
 from recipes.gate import examine
 from recipes.lineage import (
+    MANIFEST,
     cannot_write,
     code_state,
     packages,
     read_manifest,
+    sha256_file,
     sha256_json,
     sha256_path,
     verify,
@@ -258,12 +260,15 @@ def _require_attested(recipe: Recipe, manifest: dict[str, Any], inputs: list[dic
 
 
 def base_state(recipe: Recipe) -> dict[str, Any]:
-    """What the base is now: the hash of a folder's files, the commit of a hub repository."""
+    """What the base is now: the hash of a folder's files, the commit of a hub repository; and of an earlier run that
+    goes on, the hash of its manifest."""
     ref, path = recipe.model.ref, recipe.model.ref.path
+    run = Path(recipe.model.run).expanduser() / MANIFEST if recipe.model.run is not None else None
+    start = {"run": sha256_file(run) if run.is_file() else None, "merge": recipe.model.merge} if run else {}
     if path is not None:
-        return {"ref": str(ref), "sha256": sha256_path(path)}
+        return {"ref": str(ref), "sha256": sha256_path(path), **start}
     folder = cached(ref.name, ref.revision)
-    return {"ref": str(ref), "commit": folder.name if folder else None}
+    return {"ref": str(ref), "commit": folder.name if folder else None, **start}
 
 
 def _inputs(recipe: Recipe, scans: Sequence[tuple[Role, int, Scan]]) -> list[dict[str, Any]]:

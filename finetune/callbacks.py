@@ -268,7 +268,7 @@ class AdapterCheck(TrainerCallback):
         from peft import get_peft_model_state_dict
 
         shutil.rmtree(self.folder, ignore_errors=True)
-        model.save_pretrained(self.folder, safe_serialization=True)
+        model.save_pretrained(self.folder, safe_serialization=True, selected_adapters=["default"])
         saved = load_file(self.folder / "adapter_model.safetensors")
         live = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model).items()}
         shutil.rmtree(self.folder, ignore_errors=True)

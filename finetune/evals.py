@@ -13,7 +13,16 @@ import torch
 
 from data_prep.progress import progress
 from data_prep.tokens import Tokenizer
-from finetune.sequences import batches_of, evaluating, log_probabilities, padded, scores_of, tokens_per_forward
+from finetune.reward_sample import answer_of
+from finetune.sequences import (
+    batches_of,
+    completion_text,
+    evaluating,
+    log_probabilities,
+    padded,
+    scores_of,
+    tokens_per_forward,
+)
 from finetune.stats import Answer, compare, is_exact
 from recipes.errors import DataError
 from recipes.lineage import sha256_json, write_atomic
@@ -93,7 +102,7 @@ def measure(
             row["_group"],
             nll,
             count,
-            None if ids is None else answer_text(ids, tokenizer),
+            None if ids is None else answer_of(completion_text(ids, tokenizer.backend, prompt_ids(row))),
             reference_of(row, recipe),
             *other,
             reward,
@@ -196,19 +205,6 @@ def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     """Generated tokens up to the first end token; what follows fills the batch."""
     last = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return ids[: last + 1]
-
-
-def answer_text(ids: list[int], tokenizer: Tokenizer) -> str:
-    """The answer in generated tokens, after the reasoning where there is one; empty where the reasoning never ends."""
-    backend = tokenizer.backend
-    text = backend.decode(ids, skip_special_tokens=False)
-    if "</think>" in text:
-        text = text.rsplit("</think>", 1)[1]
-    elif "<think>" in text:
-        return ""
-    for token in backend.all_special_tokens:
-        text = text.replace(token, "")
-    return text.strip()
 
 
 def save_answers(path: Path, answers: Sequence[Answer], key: str) -> None:

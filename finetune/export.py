@@ -150,6 +150,9 @@ def licence_copies(assets: Sequence[Asset], more: Sequence[Path]) -> dict[str, P
 
 def _weights(recipe: Recipe, run: Path, target: Path, merged: bool) -> None:
     source = next(f for f in (run / "adapter", run / "model") if f.is_dir())
+    if not merged and recipe.model.merge and source.name == "adapter":
+        remedy = "export the whole model: retort export --merged"
+        raise RecipeError(f"the adapter sits on {recipe.model.run}, merged, and on nothing else", str(run), remedy)
     if not merged or source.name == "model":
         shutil.copytree(source, target, dirs_exist_ok=True)
         return

@@ -2,20 +2,67 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_prep.tokens import Tokenizer, fetch
 from finetune.layout import Device, compute_dtype
-from recipes.errors import RecipeError
+from recipes.errors import DataError, RecipeError
+from recipes.lineage import verify
+from recipes.load import load_recipe
 from recipes.schema import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_base(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
+def load_start(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
+    """The model as training begins: the base, or what an earlier run made of it (model.run).
+
+    The adapter of an earlier run goes on itself, or is merged into the weights beneath a new one (model.merge).
+
+    Raises:
+        RecipeError, DataError: see `load_base`; the earlier run's weights are gone or differ from its manifest.
+    """
+    under = _under(recipe, tokenizer, device)
+    if recipe.model.run is None or recipe.model.merge:
+        return under
+    adapter = Path(recipe.model.run).expanduser() / "adapter"
+    return _with_adapter(under, adapter, trained=True) if adapter.is_dir() else under
+
+
+def _under(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
+    """The model that the recipe's adapter sits on."""
+    if recipe.model.run is None:
+        return load_base(recipe, tokenizer, device)
+    run = Path(recipe.model.run).expanduser()
+    if wrong := verify(run):
+        raise DataError(f"was changed after it was finished: {', '.join(wrong[:4])}", str(run), "train it again")
+    if (run / "model").is_dir():  # all weights were trained
+        return load_base(recipe, tokenizer, device, run / "model")
+    earlier = load_recipe(run / "recipe.yaml")
+    under = _under(earlier, tokenizer, device)
+    if not recipe.model.merge:
+        return under
+    if earlier.model.quantization != "none":  # what the adapter was trained on: the rounded weights, not the base's own
+        under = under.dequantize().to(DTYPES[compute_dtype(recipe, device)])
+    merged = _with_adapter(under, run / "adapter").merge_and_unload()
+    merged.config.use_cache = False
+    return merged
+
+
+def _with_adapter(under: Any, folder: Path, trained: bool = False) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(under, folder, is_trainable=trained)
+
+
+def load_base(recipe: Recipe, tokenizer: Tokenizer, device: Device, folder: Path | None = None) -> Any:
     """Load the base model that a recipe names, quantised where it asks, on the run's device.
+
+    Args:
+        folder: weights to load instead of the base's own.
 
     Weights are read from safetensors only. The vocabulary of the tokenizer must fit the embeddings.
 
@@ -27,7 +74,7 @@ def load_base(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
     logging.disable_progress_bar()
     if recipe.method.type == "reward":
         logging.set_verbosity(50)  # it reports at length that the score head is new, which it must be
-    folder = fetch(recipe.model.ref, True)
+    folder = folder or fetch(recipe.model.ref, True)
     dtype = DTYPES[compute_dtype(recipe, device)]
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if recipe.model.attention != "auto":

@@ -17,6 +17,7 @@ from data_prep.tokens import Tokenizer
 from finetune import rewards
 from finetune.arguments import common_arguments, make_trainer, steps_of
 from finetune.layout import Layout
+from finetune.sequences import completion_text, end_ids
 from recipes.schema import Recipe
 from recipes.schema_method import GRPO
 
@@ -92,7 +93,10 @@ def sampling(method: GRPO) -> dict[str, Any]:
 
 def _engine(method: GRPO, layout: Layout) -> dict[str, Any]:
     if layout.engine == "continuous":
-        return {"use_transformers_continuous_batching": True}
+        return {
+            "use_transformers_continuous_batching": True,
+            "transformers_continuous_batching_config": cache_share(layout.device),
+        }
     if layout.engine != "vllm":
         return {}
     vllm = method.vllm
@@ -105,6 +109,11 @@ def _engine(method: GRPO, layout: Layout) -> dict[str, Any]:
         "vllm_enable_sleep_mode": vllm.sleep,
         "vllm_tensor_parallel_size": vllm.tensor_parallel,
     }
+
+
+def cache_share(device: str) -> dict[str, float]:
+    """Share of a device's memory for the cache of continuous batching: the weights are trained on it too."""
+    return {"max_memory_percent": 0.5 if device == "cuda" else 0.1}
 
 
 def prompt_order(rows: int, wanted: int, seed: int) -> list[int]:
@@ -222,23 +231,9 @@ def sample_of(row: Row, completion: Sequence[int], tokenizer: Tokenizer) -> rewa
     return rewards.Sample(
         prompt=next((str(m["content"]) for m in reversed(messages) if m["role"] == "user"), ""),
         messages=messages,
-        completion=visible(ids, backend),
+        completion=completion_text(ids, backend, row["input_ids"]),
         reference=str(answered["content"]) if answered["role"] == "assistant" else None,
         columns={**(row["extra"] or {}), "_id": row["_id"]},
         tokens=len(ids),
         finished=finished,
     )
-
-
-def end_ids(backend: Any) -> set[int]:
-    """Special tokens other than tags of reasoning: where one of them stands last, the completion was not cut."""
-    return {i for i, token in backend.added_tokens_decoder.items() if token.special and "think" not in token.content}
-
-
-def visible(ids: Sequence[int], backend: Any) -> str:
-    """The text of a completion without special tokens; tags of reasoning stay, special or not."""
-    text = backend.decode(list(ids), skip_special_tokens=False)
-    for token in backend.all_special_tokens:
-        if "think" not in token:
-            text = text.replace(token, "")
-    return str(text).strip()

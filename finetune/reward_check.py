@@ -19,7 +19,7 @@ import torch
 
 from data_prep.tokens import Tokenizer
 from finetune.evals import end_tokens, until_end
-from finetune.policy import Scored, is_flat, sampling
+from finetune.policy import Scored, cache_share, is_flat, sampling
 from finetune.runs import say
 from finetune.sequences import evaluating, padded
 from recipes.errors import RetortError, out_of_memory
@@ -53,7 +53,7 @@ def check_rewards(
     seconds: dict[str, float] = {}
     completions: list[list[int]] = []
     with _own_randomness(recipe.seed):
-        for name in ("plain", "continuous") if engine == "auto" else ("plain",):
+        for name in ("plain", "continuous") if engine == "auto" else ("plain" if engine == "vllm" else engine,):
             started = time.monotonic()
             made = ENGINES[name](model, tokenizer, prompts, method, recipe, seconds.get("plain"))
             if made is not None:
@@ -141,19 +141,20 @@ def _continuous(
     model: Any, tokenizer: Tokenizer, prompts: list[list[int]], method: GRPO, recipe: Recipe, plain: float | None
 ) -> list[list[int]] | None:
     """Transformers' continuous batching; None where it does not run on this model or device."""
-    if model.device.type == "cpu":
-        return None  # its cache manager claims a share of the machine's memory, for a device that it was not made for
     from transformers.generation import ContinuousBatchingConfig
 
     try:
-        with evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.no_grad():  # it works in a thread of its own, which inference mode does not reach
             outputs = model.generate_batch(
                 prompts,
                 generation_config=_generation(model, tokenizer, method),
-                continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.5),
+                continuous_batching_config=ContinuousBatchingConfig(**cache_share(model.device.type)),
                 progress_bar=False,
             )
-        return [list(output.generated_tokens) for output in outputs.values()]
+        made = [list(output.generated_tokens) for output in outputs.values() if output.error is None]
+        if len(made) != len(prompts) or not all(made):  # what fails in that thread is told there alone
+            raise RuntimeError("it returned nothing for some prompts")
+        return made
     except Exception as error:  # an attention or a cache that it has no kernel for
         if out_of_memory(error):
             torch.cuda.empty_cache()
@@ -198,11 +199,17 @@ def require_signal(found: dict[str, Any], place: str) -> None:
     if found["zero_variance_groups"] < FLAT:
         return
     spread = found["rewards"]["sum"]
+    if not spread["counts"]:
+        raise RetortError(
+            "no reward applies to any completion: the rows have nothing to compare with",
+            place,
+            "name the column with the wanted answer (column: answer)",
+        )
     if spread["high"] == spread["low"]:
         what = f"every completion gets the reward {spread['low']:g}"
     else:
         what = "in each group all completions get the same reward"
-    if spread["mean"] <= spread["low"] + 1e-9:
+    if spread["mean"] <= 0:
         remedy = (
             "the task is beyond this base: take easier prompts, start from an SFT run (model.run), or add a reward for "
             "the format; or raise method.sample_groups, generations or temperature"

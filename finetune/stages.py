@@ -23,7 +23,7 @@ from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCount
 from finetune.completions import Completions
 from finetune.guards import Guarding
 from finetune.layout import Device, Layout, model_facts, plan_layout
-from finetune.models import load_base, model_class
+from finetune.models import load_start, model_class
 from finetune.preference import wanted_of
 from finetune.reference import Cache, model_key, reference_logps
 from finetune.runs import is_main, main_process_first, say
@@ -35,12 +35,14 @@ from recipes.evidence import Asset, from_record, to_record
 from recipes.facts import facts
 from recipes.gate import Verdict
 from recipes.lineage import (
+    MANIFEST,
     build_manifest,
     cannot_write,
     code_state,
     environment,
     packages,
     read_manifest,
+    sha256_file,
     sha256_files,
     sha256_path,
     verify,
@@ -149,8 +151,8 @@ def load(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
             f"differs from its manifest: {', '.join(wrong[:4])}", str(folder), "get or make the model again"
         )
     set_seed(recipe.seed)
-    say(f"loading {recipe.model.base}")
-    return load_base(recipe, tokenizer, device)
+    say(f"loading {recipe.model.base}{f', as {recipe.model.run} made it' if recipe.model.run else ''}")
+    return load_start(recipe, tokenizer, device)
 
 
 def base_answers(
@@ -318,10 +320,14 @@ def save(recipe: Recipe, trainer: Any, tokenizer: Tokenizer, folder: Path) -> No
     fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     initial = folder / "adapter_initial"
-    options = {"path_initial_model_for_weight_conversion": str(initial)} if initial.is_dir() else {}
+    options: dict[str, Any] = {}
+    if initial.is_dir():
+        options["path_initial_model_for_weight_conversion"] = str(initial)
     with writing(target):
         if options:
             trainer.model.peft_config["default"].init_lora_weights = recipe.adapter.init  # type: ignore[union-attr]
+        if recipe.adapter is not None:
+            options["selected_adapters"] = ["default"]  # not the copy that a continued adapter is compared with
         trainer.model.save_pretrained(fresh, safe_serialization=True, **options)
         tokenizer.backend.save_pretrained(fresh)
     shutil.rmtree(target, ignore_errors=True)
@@ -358,7 +364,8 @@ def load_tuned(recipe: Recipe, base: Any, folder: Path) -> Any:
     if not part.is_dir():
         raise RecipeError(f"holds no {part.name}/", str(folder), "train the recipe first")
     if recipe.adapter is not None:
-        return PeftModel.from_pretrained(base, part)
+        under = base.unload() if hasattr(base, "peft_config") else base  # the earlier run's adapter makes way
+        return PeftModel.from_pretrained(under, part)
     return model_class(recipe).from_pretrained(part, dtype=base.dtype, use_safetensors=True).to(base.device)
 
 
@@ -402,6 +409,7 @@ def finish(
                 "sha256": sha256_path(base),
                 "license": _licences(assets[0]) or parent.get("license"),
             },
+            *([_earlier_run(recipe.model.run)] if recipe.model.run else []),
             *prepared.manifest["inputs"],
         ],
         "parents": [{"role": "base", "ref": str(recipe.model.ref), "manifest": parent}] if parent else [],
@@ -415,6 +423,11 @@ def finish(
         "metrics": (result or {}).get("metrics", {}),
     }
     publish(folder, content)
+
+
+def _earlier_run(run: str) -> dict[str, Any]:
+    path = Path(run).expanduser() / MANIFEST
+    return {"role": "run", "ref": run, "sha256": sha256_file(path), "license": None}
 
 
 def _licences(asset: Asset) -> str:

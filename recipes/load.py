@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from recipes.chain import continued
 from recipes.errors import RecipeError
 from recipes.schema import Recipe
 from recipes.yamltree import KeyPath, Tree, parse_yaml, read_yaml
@@ -84,7 +85,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = _read_with_parents(Path(path), ())
     for text in overrides:
         tree = _merge(tree, _override(text))
-    return validate(tree)
+    return validate(continued(tree))
 
 
 def validate(tree: Tree) -> Recipe:

@@ -75,7 +75,13 @@ class Teacher(Section):
 class Model(Section):
     """The base model and how it is loaded."""
 
-    base: ModelRefText = Field(description="org/name@revision, a local folder, or embedded:NAME")
+    base: ModelRefText = Field(
+        description="org/name@revision, a local folder, or embedded:NAME; with run the base of that run"
+    )
+    run: Text | None = Field(None, description="start from what an earlier run made: its directory, such as runs/legal")
+    merge: Bool = Field(
+        False, description="run: merge its adapter into the base and train a new one, instead of training it on"
+    )
     tokenizer: ModelRefText | None = Field(None, description="where the tokenizer is, when not with the base")
     license: Text | None = Field(None, description="SPDX id of the base's licence, where no file states it")
     public_key: Text | None = Field(
@@ -102,6 +108,12 @@ class Model(Section):
     @property
     def ref(self) -> Ref:
         return parse_ref(self.base)
+
+    @model_validator(mode="after")
+    def _merged_run(self) -> Self:
+        if self.merge and self.run is None:
+            raise ValueError("merge says how a run is continued: name it (run: runs/legal)")
+        return self
 
     @model_validator(mode="after")
     def _consent(self) -> Self:

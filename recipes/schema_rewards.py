@@ -55,9 +55,8 @@ class Regex(_Reward):
 class Think(_Reward):
     """1 where the completion is one thinking block and then an answer."""
 
-    open: Text = Field("<think>", description="tag that opens the thinking; some templates write it themselves")
+    open: Text = Field("<think>", description="tag that opens the thinking, by the model or at the prompt's end")
     close: Text = Field("</think>", description="tag that closes it")
-    opened_by_prompt: Bool = Field(False, description="the chat template ends the prompt with the opening tag")
 
 
 class JsonSchema(_Reward):

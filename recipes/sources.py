@@ -23,6 +23,7 @@ from recipes.evidence import (
     host_named,
     service_asset,
 )
+from recipes.lineage import MANIFEST
 from recipes.papers import hub_data, hub_model, local_data, local_model
 from recipes.refs import EMBEDDED, Ref, require_model_folder
 from recipes.schema import Recipe
@@ -49,6 +50,8 @@ def changed_papers(record: list[dict[str, Any]], recipe: Recipe) -> list[str]:
 
 def _recipe_assets(recipe: Recipe, columns: bool) -> Iterator[Asset]:
     yield _model(recipe.model.ref, "base", recipe.model.license)
+    if recipe.model.run is not None:
+        yield _run(recipe.model.run)
     if recipe.teacher is not None:
         yield asset_named(recipe.teacher.model, "teacher", recipe.teacher.license)
     for source in recipe.data.train:
@@ -64,6 +67,14 @@ def _model(ref: Ref, role: Role, stated: str | None) -> Asset:
     folder = require_model_folder(ref, f"model.{role}")
     assert folder is not None  # a hub reference went its way above
     return local_model(folder, str(ref), role, stated)
+
+
+def _run(path: str) -> Asset:
+    """An earlier run that goes on: with its manifest comes all that it was made of."""
+    folder = Path(path).expanduser()
+    if not (folder / MANIFEST).is_file():
+        raise RecipeError(f"there is no finished run in {folder}", "model.run", f"looked in {Path.cwd()}")
+    return local_model(folder, path, "base")
 
 
 def _source(source: Source, role: Role, columns: bool) -> Asset:

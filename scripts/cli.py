@@ -133,6 +133,19 @@ def _train(recipe: Path, overrides: list[str], resume: bool, fresh: bool) -> Non
     os.execv(sys.executable, [sys.executable, str(script), str(recipe), *options, *flags])
 
 
+@app.command()
+@_one_line
+def rewards(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    show: Annotated[int, typer.Option(min=0, help="prompts whose completions are printed")] = 2,
+) -> None:
+    """Let the base answer some prompts and show what it earns (method grpo), before anything is trained."""
+    from finetune.sample_rewards import sample_rewards
+
+    sample_rewards(load_recipe(recipe, set_ or ()), show)
+
+
 @app.command("eval")
 @_one_line
 def evaluate(recipe: RecipeArgument, set_: SetOption = None) -> None:
