@@ -259,13 +259,14 @@ def _fields_at(path: KeyPath) -> dict[str, FieldInfo]:
         models = [
             m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
         ]
-    return {name: info for model in models for name, info in model.model_fields.items()}
+    return {info.alias or name: info for model in models for name, info in model.model_fields.items()}
 
 
 def all_fields(prefix: str = "", model: type[BaseModel] = Recipe) -> dict[str, FieldInfo]:
     """Every field of a recipe by its dotted path; fields of list items stand under the list's path."""
     found: dict[str, FieldInfo] = {}
-    for name, info in model.model_fields.items():
+    for field, info in model.model_fields.items():
+        name = info.alias or field
         found[prefix + name] = info
         for child in _models(info.annotation):
             found |= {k: v for k, v in all_fields(f"{prefix}{name}.", child).items() if k not in found}

@@ -384,4 +384,4 @@ class Recipe(Section):
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain YAML/JSON values."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", by_alias=True)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
 
 from recipes.load import all_fields, describe
 from recipes.schema import Recipe
+from recipes.schema_method import METHODS, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "recipe.md"
@@ -40,13 +43,22 @@ def reference_page() -> str:
         "| key | default | meaning |",
         "|---|---|---|",
     ]
-    for path, info in all_fields().items():
-        default = "" if info.is_required() else f"`{info.get_default(call_default_factory=True)!r}`"
-        if info.default_factory is not None and default.startswith("`") and "=" in default:
-            default = "see below"
-        text = describe(info).replace("|", "\\|")
-        lines.append(f"| `{path}` | {default} | {text} |")
+    lines += [_line(path, info) for path, info in all_fields().items() if not path.startswith("method.")]
+    lines.append(f"| `method.type` | `'sft'` | one of {', '.join(METHODS)} |")
+    lines += ["", "The keys of `method` depend on `method.type`. `method: dpo` is short for `method: {type: dpo}`."]
+    for member in get_args(get_args(Method)[0]):
+        kind = get_args(member.model_fields["type"].annotation)[0]
+        lines += ["", f"## method: {kind}", "", str(member.__doc__), "", "| key | default | meaning |", "|---|---|---|"]
+        lines += [_line(path, info) for path, info in all_fields("method.", member).items() if path != "method.type"]
     return "\n".join(lines) + "\n"
+
+
+def _line(path: str, info: FieldInfo) -> str:
+    default = "" if info.is_required() else f"`{info.get_default(call_default_factory=True)!r}`"
+    if info.default_factory is not None and default.startswith("`") and "=" in default:
+        default = "see below"
+    text = describe(info).replace("|", "\\|")
+    return f"| `{path}` | {default} | {text} |"
 
 
 if __name__ == "__main__":

@@ -153,8 +153,8 @@ def test_killed_at_three_points_gives_the_same_adapter_and_rewards(make: Callabl
     assert adapters[0] == adapters[1]
     changing = {"seconds", "tokens_per_second", "memory_bytes"}
     logs = [
-        [{k: v for k, v in json.loads(line).items() if k not in changing} for line in open(f / "metrics.jsonl")]
-        for f in (whole, run)
+        [{k: v for k, v in json.loads(line).items() if k not in changing} for line in text.splitlines()]
+        for text in ((folder / "metrics.jsonl").read_text() for folder in (whole, run))
     ]
     assert logs[0] == logs[1] and len(logs[0]) == 24
     assert sum("reward/regex" in line for line in logs[0]) == 12  # every second step writes completions

@@ -32,7 +32,7 @@ def adapted(model: Any, asked: Recipe) -> Any:
     from peft import get_peft_model
 
     assert asked.adapter is not None
-    return get_peft_model(model, adapter_config(asked.adapter))
+    return get_peft_model(model, adapter_config(asked))
 
 
 def mixture() -> Any:

@@ -14,11 +14,13 @@ from conftest import colour_rows, run_train
 from data_prep.assemble import read_rows
 from data_prep.prepare import prepare
 from data_prep.tokens import load_tokenizer
+from finetune.arguments import check_extra
 from finetune.layout import find_device, plan_layout
 from finetune.models import adapter_config, load_base
-from finetune.trainers import PackedCollator, build_sft, check_extra, token_dataset
+from finetune.trainers import PackedCollator, build_sft, token_dataset
 from recipes.errors import RecipeError
 from recipes.load import load_recipe
+from recipes.schema import Recipe
 
 
 def losses_of(run: Path) -> list[float]:
@@ -205,16 +207,18 @@ def test_extra_fields_are_checked_and_reach_the_trainer(make_recipe: Callable[..
     rows = read_rows(prepare(recipe, tmp_path / "run").folder, "train")
     device = find_device("cpu")
     layout = plan_layout(recipe, device, None, len(rows), 50.0, 100, 1)
-    datasets = {"train": token_dataset(rows, recipe)}
-    trainer = build_sft(recipe, layout, tokenizer, load_base(recipe, tokenizer, device), datasets, tmp_path, [])
+    trainer = build_sft(recipe, layout, tokenizer, load_base(recipe, tokenizer, device), rows, tmp_path, [])
     assert trainer.args.adam_beta2 == 0.95 and trainer.args.neftune_noise_alpha == 5
 
 
 def test_adapter_options_reach_peft() -> None:
-    from recipes.schema import Adapter
+    def config_of(**adapter: Any) -> Any:
+        source = {"path": "rows.jsonl"}
+        sections = {"name": "x", "model": {"base": "embedded:tiny"}, "data": {"train": [source]}, "adapter": adapter}
+        return adapter_config(Recipe.model_validate(sections))
 
-    config = adapter_config(Adapter(r=8, dora=True, rslora=True, dropout=0.1, targets=("q_proj",), init="olora"))
+    config = config_of(r=8, dora=True, rslora=True, dropout=0.1, targets=["q_proj"], init="olora")
     assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.1)
     assert config.use_dora and config.use_rslora and config.init_lora_weights == "olora"
     assert config.target_modules == {"q_proj"}
-    assert adapter_config(Adapter(r=8, alpha=4.0)).lora_alpha == 4
+    assert config_of(r=8, alpha=4.0).lora_alpha == 4

@@ -4,7 +4,7 @@ prepare and earn their rewards."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, run_cli, write_rows
 
 from data_prep.assemble import read_rows
+from data_prep.formats import to_row
+from data_prep.lines import lines_of
 from data_prep.prepare import Prepared, prepare
 from data_prep.tokens import Tokenizer, load_tokenizer
 from finetune.layout import MEMORY_SHARE, Device, ModelFacts, plan_layout
@@ -108,7 +110,8 @@ def _thought(answer: str) -> str:
 
 
 def _asked(i: int) -> str:
-    return f"What is known of {TOPICS[i]}, and who should treat it?"
+    first, second, third = (TOPICS[(step * i + step) % len(TOPICS)] for step in (1, 5, 7))
+    return f"Does {first} lead to {second}, or {third} to both?"
 
 
 def _pair(i: int) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def _plain(row: Callable[[int], dict[str, Any]]) -> Callable[[int], tuple[dict[s
 
 ROWS = 12
 SAMPLES: dict[str, Callable[[int], tuple[dict[str, Any], str]]] = {
-    "data/medical.jsonl": _plain(lambda i: {"prompt": _asked(i), "completion": f"See a doctor, {i}.", "group": "1"}),
+    "data/medical.jsonl": _plain(lambda i: {"prompt": _asked(i), "completion": f"See a doctor, {i}.", "group": f"{i}"}),
     "data/finance.jsonl": _plain(lambda i: {"prompt": _asked(i), "completion": f"{i} per cent.", "group": f"{i}"}),
     "data/support.jsonl": _plain(_chat),
     "data/code.jsonl": _plain(lambda i: {"prompt": _asked(i), "completion": _code(i), "group": f"{i}"}),
@@ -200,8 +203,8 @@ def within_reach(source: Source) -> dict[str, Any]:
     return {"path": stand_in(source.hub), **{k: v for k, v in kept.items() if k not in dropped}}
 
 
-def sampled(path: Path, output: Path, tokenizer: Path | None = None) -> Recipe:
-    """The recipe on `ROWS` rows, with the embedded tiny tokenizer or the one in a folder."""
+def sampled(path: Path, output: Path) -> Recipe:
+    """The recipe on `ROWS` rows, with the embedded tiny tokenizer."""
     data = load_recipe(path).data
     overrides = [
         "model.base=embedded:tiny",
@@ -213,7 +216,7 @@ def sampled(path: Path, output: Path, tokenizer: Path | None = None) -> Recipe:
         overrides.append(f"data.eval={json.dumps([within_reach(source) for source in data.eval])}")
     else:  # own rows; of a data set on the hub both splits would be the same file
         overrides.append("data.eval={fraction: 0.25}")
-    return load_recipe(path, [*overrides, *([f"model.tokenizer={tokenizer}"] if tokenizer else [])])
+    return load_recipe(path, overrides)
 
 
 def test_every_domain_method_and_size_is_there() -> None:
@@ -326,12 +329,12 @@ def test_a_base_is_no_recipe_by_itself_and_is_used(path: Path) -> None:
 
 
 def _prepared(recipe: Recipe) -> Prepared:
+    """All rows arrive: those of a held-out source beside the training rows, else a quarter is held out."""
     made = prepare(recipe, recipe.run_dir)
     counts = made.counts
-    held_out = ROWS if isinstance(recipe.data.eval, tuple) else counts["eval_rows"]
-    assert counts["rows_out"] == counts["rows_in"] == counts["train_rows"] + counts["eval_rows"]
-    assert (counts["train_rows"], counts["eval_rows"]) == (ROWS, ROWS) if held_out == ROWS else held_out in {2, 3}
-    assert counts["rows_in"] == (2 * ROWS if held_out == ROWS else ROWS)
+    found = counts["train_rows"], counts["eval_rows"]
+    assert found == ((ROWS, ROWS) if isinstance(recipe.data.eval, tuple) else (9, 3))
+    assert counts["rows_out"] == counts["rows_in"] == sum(found)
     assert bool(counts["trained_tokens"]) == (recipe.method.type != "grpo")
     return made
 
@@ -383,36 +386,40 @@ def _rewarded(path: Path, recipe: Recipe, prepared: Prepared, tokenizer: Tokeniz
 
 
 @pytest.fixture(scope="module")
-def qwen3(realdata: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen3(realdata: Path) -> Tokenizer:
     """Qwen3's chat template on the Qwen2 tokenizer."""
     from scripts.template_table import tokenizer_for
 
-    made = tmp_path_factory.mktemp("qwen3")
     source = (realdata / "templates" / "Qwen-Qwen3-0.6B.jinja").read_text(encoding="utf-8")
-    tokenizer_for(source, realdata).save_pretrained(made)
-    return made
+    return Tokenizer(tokenizer_for(source, realdata))
 
 
 @each(SMALL)
-def test_rows_prepare_with_the_chat_template_of_the_base(
-    path: Path, folder: Path, qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder)
-    recipe = sampled(path, tmp_path / "run", qwen3)
-    prepared = _prepared(recipe)
-    tokenizer = load_tokenizer(recipe.model).backend
-    row = read_rows(prepared.folder, "train")[0]
-    given = [i for i, trained in zip(row["input_ids"], row["loss_mask"], strict=True) if not trained]
-    closed = tokenizer.decode(given).rstrip().endswith("</think>")
+def test_rows_fit_the_chat_template_of_the_base(path: Path, qwen3: Tokenizer) -> None:
+    recipe = load_recipe(path)
+    source = recipe.data.train[0]
+    if source.embedded is not None:
+        lines = (ROOT / "recipes" / "embedded" / source.embedded / f"{source.split}.jsonl").read_text(encoding="utf-8")
+        records = [json.loads(line) for line in lines.splitlines()[:ROWS]]
+    else:
+        records = [SAMPLES[source.path or source.hub or ""](i)[0] for i in range(ROWS)]
+    made = lines_of(recipe, [to_row(record, path.stem, source) for record in records], qwen3)
     thinks = recipe.model.template_kwargs["enable_thinking"]
-    assert closed != thinks, "the prompt closes an empty thinking block exactly where none is wanted"
+    for found in made:
+        assert isinstance(found, list), str(found)
+        for masked in found[0].sequences:
+            before = qwen3.backend.decode(masked.input_ids[: _answer_at(masked.mask)])
+            assert before.endswith("</think>\n\n") != thinks, "an empty thinking block goes before answers at once"
+
+
+def _answer_at(mask: Sequence[bool]) -> int:
+    return mask.index(True) if True in mask else len(mask)
 
 
 EMBEDDED = {
     "legal": (2448, 1038),
     "legal-8b-24gb": (7778, 1038),
     "legal-dpo": (2448, 408),
-    "legal-grpo-8b-24gb": (7778, 1038),
     "math-grpo": (3000, 400),
 }
 
