@@ -43,6 +43,7 @@ class ModelFacts:
     intermediate: int
     vocabulary: int
     context: int | None = None  # longest sequence that the positions are made for
+    cached: int = 0  # numbers that generation keeps of a token: keys and values of all layers
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def model_facts(folder: Path) -> ModelFacts:
             int(config.get("intermediate_size") or 4 * hidden),
             int(config["vocab_size"]),
             _context(config),
+            _cached(config),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
@@ -135,6 +137,12 @@ def _context(config: dict[str, Any]) -> int | None:
     if positions and scaling.get("original_max_position_embeddings", positions) == positions:
         positions = positions * float(scaling.get("factor") or 1)
     return int(positions) if positions else None
+
+
+def _cached(config: dict[str, Any]) -> int:
+    heads = int(config.get("num_attention_heads") or 1)
+    of_each = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    return 2 * int(config["num_hidden_layers"]) * int(config.get("num_key_value_heads") or heads) * of_each
 
 
 def _parameters(path: Path) -> int:
@@ -255,6 +263,8 @@ def _plan_groups(
     room, checkpointing = _forward_tokens(recipe, device, facts, wanted=per_device * width)
     if train.micro_batch is not None and per_device % train.micro_batch:
         raise RecipeError(f"does not divide the {per_device} completions of a step on a device", "train.micro_batch")
+    if facts is not None and method.engine != "vllm":
+        _require_cache(recipe, device, facts, per_device * width)
     most = train.micro_batch or max(1, room // width)
     micro = next(n for n in range(min(most, per_device), 0, -1) if per_device % n == 0)
     epochs = train.epochs if train.epochs is not None else 1.0
@@ -280,6 +290,19 @@ def _plan_groups(
         else None,
         engine=method.engine,
     )
+
+
+def _require_cache(recipe: Recipe, device: Device, facts: ModelFacts, tokens: int) -> None:
+    """Refuse a step whose completions, all written at once, do not fit beside the weights."""
+    width = 4 if compute_dtype(recipe, device) == "float32" else 2
+    need = _fixed_bytes(recipe, device, facts) + tokens * facts.cached * width
+    if need > device.memory_bytes * MEMORY_SHARE:
+        have = device.memory_bytes / 2**30
+        raise MemoryFitError(
+            f"writing a step's completions needs about {need / 2**30:.1f} GiB, {device.name} has {have:.1f}",
+            "method.prompts_per_step",
+            "lower prompts_per_step, generations or max_new_tokens",
+        )
 
 
 def _steps(recipe: Recipe, batches: int, accumulation: int) -> tuple[int, float]:

@@ -27,6 +27,7 @@ from recipes.texts import identify
 
 LICENCE_FILE = re.compile(r"^(?!.*(?:[-_.]code(?:\.\w+)?$)).*(?:licen[cs]e|copying).*$", re.IGNORECASE)
 OTHER = {"other", "unknown", "none", "custom", "proprietary", "unspecified", "see-license", "n/a", ""}
+OWN = "own"  # rows of the organisation itself; only a recipe can say so
 ARCHITECTURES = {  # model_type of config.json that only models under these terms have; they can deny only
     "gemma": "gemma-terms",
     "gemma2": "gemma-terms",
@@ -67,8 +68,12 @@ class Found:
         return path.read_text("utf-8", errors="replace")
 
     def claim(self, stated: str, source: str, firm: bool = True) -> None:
-        if stated.strip().casefold() not in OTHER:
-            self.claims.append(Claim(licence_named(stated), stated.strip(), source, firm))
+        if stated.strip().casefold() in OTHER:
+            return
+        licence = licence_named(stated)
+        if licence == OWN and source != "the recipe":
+            licence = None  # a card cannot say what is ours
+        self.claims.append(Claim(licence, stated.strip(), source, firm))
 
     def doubt(self, effect: Any, says: str, source: str, remedy: str, unknown: bool = False) -> None:
         self.doubts.append(Doubt(effect, says, source, remedy, unknown))

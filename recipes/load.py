@@ -291,7 +291,7 @@ def _suggest(path: KeyPath) -> str:
 
 def _described(path: KeyPath) -> str | None:
     info = _fields_at(path[:-1]).get(str(path[-1]))
-    return f"it is {describe(info)}" if info and describe(info) else None
+    return f"meant is: {describe(info)}" if info and describe(info) else None
 
 
 def _closest_value(problem: Any) -> str | None:

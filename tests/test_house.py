@@ -1,4 +1,4 @@
-"""The rules of the house: imports point down only, shipped recipes load and plan, generated pages are current."""
+"""The rules of the house: imports point down only, generated pages are current, scripts parse."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_cli
 
-from recipes.gate import check
-from recipes.load import all_fields, load_recipe
+from recipes.load import all_fields
 from scripts.reference import PAGE, SCHEMA, json_schema, reference_page
 
 FLOORS = {
@@ -22,7 +21,6 @@ FLOORS = {
     "finetune": {"recipes", "data_prep"},
     "scripts": {"recipes", "data_prep", "distill", "finetune"},
 }
-SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 def imports_of(path: Path) -> set[str]:
@@ -54,20 +52,6 @@ def test_nothing_imports_the_entry_point_and_no_module_shadows_a_library() -> No
     libraries = set(sys.stdlib_module_names) | importlib.metadata.packages_distributions().keys()
     ours = {p.stem for p in (ROOT / "finetune").glob("*.py")} - {"__init__"}
     assert not ours & libraries
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_every_shipped_recipe_loads_is_judged_and_plans(path: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(path)
-    assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=recipe.schema.json\n")
-    assert check(recipe).verdict in {"allow", "allow-with-obligations", "not judged"}
-    done = run_cli("plan", str(path), "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
-    assert plan["name"] == recipe.name and plan["layout"]["steps"] > 0
-    assert plan["layout"]["rows_per_step"] == (
-        plan["layout"]["micro_batch"] * plan["layout"]["gradient_accumulation"] * plan["layout"]["world_size"]
-    )
 
 
 def test_generated_reference_and_schema_are_current() -> None:

@@ -9,14 +9,13 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_cli, write_rows
+from conftest import run_cli, write_rows
 from test_pipeline import chat, run, texts
 
 from data_prep.assemble import read_rows
 from data_prep.embed import embed, join_close
 from data_prep.near_dup import Forest
 from data_prep.pii import ENTITIES
-from data_prep.prepare import prepare
 from data_prep.quality import DEFAULTS
 from recipes.errors import RecipeError
 from recipes.load import load_recipe
@@ -141,11 +140,3 @@ def test_the_command_says_what_happened(make_recipe: Callable[..., Path], tmp_pa
     assert "exact_duplicate" in done.stdout and "1 (10.0%)" in done.stdout and "dropped.jsonl" in done.stdout
     done = run_cli("prepare", str(tmp_path / "recipe.yaml"), "--executor", "sluurm", cwd=tmp_path)
     assert done.returncode == 2 and "there is no executor 'sluurm'" in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_recipe_prepares(path: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(path, ["model={base: embedded:tiny}", f"output={tmp_path / 'run'}"])
-    counts = prepare(recipe, tmp_path / "run").counts
-    assert counts["rows_in"] == counts["rows_out"] > 3000 and counts["eval_rows"] == 1038

@@ -14,6 +14,7 @@ from recipes.errors import GateError, RecipeError
 from recipes.facts import facts
 from recipes.gate import Verdict, judge
 from recipes.load import load_recipe
+from recipes.papers import local_data
 from recipes.schema import Attest, Use
 from recipes.sources import asset_named, recipe_assets
 
@@ -321,3 +322,42 @@ def test_a_licence_stated_in_the_recipe_counts_until_the_files_speak(tmp_path: P
     assert verdict.verdict == "allow" and verdict.provisional
     lied = recipe(tmp_path, "{base: meta-llama/Llama-2-7b-hf, license: Apache-2.0}", "Qwen/Qwen3-32B", plan)
     assert judge(recipe_assets(lied), lied.use).verdict == "review"
+
+
+def test_own_rows_are_ours_where_the_recipe_says_so_and_never_by_a_card(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    stated = local_data(rows, "rows", "data", "own")
+    assert [claim.licence for claim in stated.claims] == ["own"]
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_bytes(rows.read_bytes())
+    (folder / "README.md").write_text("---\nlicense: own\n---\nRows.\n")
+    carded = local_data(folder, "downloaded", "data")
+    assert [claim.licence for claim in carded.claims] == [None]
+
+
+def test_a_judge_that_pays_the_student_is_judged_like_a_teacher(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+
+    def verdict(model: str) -> Verdict:
+        recipe = tmp_path / "r.yaml"
+        judge_options = {"model": model, "url": "http://127.0.0.1:8000/v1"}
+        recipe.write_text(
+            json.dumps(
+                {
+                    "name": "x",
+                    "use": {"purpose": "commercial", "distribute": False, **FULL},
+                    "model": {"base": "embedded:tiny"},
+                    "data": {"train": [{"path": str(rows), "license": "own"}]},
+                    "method": {"type": "grpo", "rewards": [{"judge": judge_options}]},
+                }
+            )
+        )
+        return judge(recipe_assets(load_recipe(recipe)), load_recipe(recipe).use or COMMERCIAL)
+
+    blocked = verdict("openai:gpt-4o")
+    assert blocked.verdict == "block"
+    assert any(r.asset == "openai:gpt-4o" and r.role == "judge" for r in blocked.reasons)
+    assert verdict("Qwen/Qwen3-32B").verdict in {"allow", "allow-with-obligations"}

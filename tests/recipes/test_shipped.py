@@ -174,33 +174,34 @@ SAMPLES: dict[str, Callable[[int], tuple[dict[str, Any], str]]] = {
 }
 
 
+def records_of(source: Source) -> list[dict[str, Any]]:
+    """The first rows of an embedded source, rows of the documented shape of any other."""
+    if source.embedded is None:
+        return [SAMPLES[source.path or source.hub or ""](i)[0] for i in range(ROWS)]
+    file = ROOT / "recipes" / "embedded" / source.embedded / f"{source.split}.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:ROWS]]
+
+
+def here(source: Source) -> Path:
+    """The file that holds these rows: the recipe's own, or one in place of a data set on the hub or embedded."""
+    return Path(source.path or f"data/{str(source).replace('/', '-').replace(':', '-')}.jsonl")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with the data files that the recipes name."""
+    """A working directory with a few rows of every source of the recipes."""
     made = tmp_path_factory.mktemp("own")
     (made / "data").mkdir()
-    for name, sample in SAMPLES.items():
-        if name.startswith("data/"):
-            write_rows(made / name, [sample(i)[0] for i in range(ROWS)])
-        else:
-            write_rows(made / stand_in(name), [sample(i)[0] for i in range(ROWS)])
+    for data in (load_recipe(path).data for path in SIZED):
+        for source in (*data.train, *(data.eval if isinstance(data.eval, tuple) else ())):
+            write_rows(made / here(source), records_of(source))
     return made
 
 
-def stand_in(hub: str) -> str:
-    """The file in place of a data set on the hub."""
-    return f"data/{hub.replace('/', '-')}.jsonl"
-
-
 def within_reach(source: Source) -> dict[str, Any]:
-    """The source without the network, and of the embedded ones only the first rows."""
-    kept = source.model_dump(mode="json", exclude_none=True)
-    if source.embedded is not None:
-        return {**kept, "limit": ROWS}
-    if source.hub is None:
-        return kept
-    dropped = {"hub", "subset", "split"}
-    return {"path": stand_in(source.hub), **{k: v for k, v in kept.items() if k not in dropped}}
+    """The source as a file of these rows."""
+    kept = source.model_dump(mode="json", exclude_none=True, exclude={"hub", "embedded", "subset", "split"})
+    return {**kept, "path": str(here(source))}
 
 
 def sampled(path: Path, output: Path) -> Recipe:
@@ -398,12 +399,7 @@ def qwen3(realdata: Path) -> Tokenizer:
 def test_rows_fit_the_chat_template_of_the_base(path: Path, qwen3: Tokenizer) -> None:
     recipe = load_recipe(path)
     source = recipe.data.train[0]
-    if source.embedded is not None:
-        lines = (ROOT / "recipes" / "embedded" / source.embedded / f"{source.split}.jsonl").read_text(encoding="utf-8")
-        records = [json.loads(line) for line in lines.splitlines()[:ROWS]]
-    else:
-        records = [SAMPLES[source.path or source.hub or ""](i)[0] for i in range(ROWS)]
-    made = lines_of(recipe, [to_row(record, path.stem, source) for record in records], qwen3)
+    made = lines_of(recipe, [to_row(record, path.stem, source) for record in records_of(source)], qwen3)
     thinks = recipe.model.template_kwargs["enable_thinking"]
     for found in made:
         assert isinstance(found, list), str(found)
