@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -106,28 +106,6 @@ class BarChart:
     y_ticks: list[Tick]
     bars: list[Bar]
     marks: list[Point]
-
-
-@dataclass(frozen=True)
-class Node:
-    x: float
-    y: float
-    width: float
-    height: float
-    role: str
-    name: str
-    detail: str
-    state: str = "plain"
-
-
-@dataclass(frozen=True)
-class Graph:
-    title: str
-    width: float
-    height: float
-    nodes: list[Node]
-    edges: list[str]
-    dots: list[tuple[float, float]] = field(default_factory=list)
 
 
 def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -381,36 +359,3 @@ def shortened(text: str, most: int) -> str:
     text = " ".join(text.split())
     head = (most - 1) // 2
     return text if len(text) <= most else f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
-
-
-def lineage_wide(title: str, inputs: Sequence[Node], run: Node, result: Node) -> Graph:
-    """Inputs in a column on the left, the run in the middle, what it made on the right."""
-    height, gap, columns = 64.0, 14.0, ((0.0, 380.0), (470.0, 250.0), (810.0, 230.0))
-    total = max(len(inputs), 1) * (height + gap) - gap
-    middle = (total - height) / 2
-    left = [_placed(node, *columns[0], i * (height + gap), height) for i, node in enumerate(inputs)]
-    centre, right = _placed(run, *columns[1], middle, height), _placed(result, *columns[2], middle, height)
-    edges = [_curve(node, centre) for node in left] + [_curve(centre, right)]
-    return Graph(title, 1040.0, total, [*left, centre, right], edges)
-
-
-def lineage_narrow(title: str, inputs: Sequence[Node], run: Node, result: Node) -> Graph:
-    """The same from top to bottom along a rail, for a phone."""
-    height, gap, x = 64.0, 12.0, 26.0
-    nodes = [_placed(n, x, 350 - x, i * (height + gap), height) for i, n in enumerate([*inputs, run, result])]
-    dots = [(8.0, node.y + height / 2) for node in nodes]
-    edges = [f"M8 {dots[0][1]:.1f}V{dots[-1][1]:.1f}", *(f"M8 {y:.1f}H{x:.0f}" for _, y in dots)]
-    return Graph(title, 350.0, len(nodes) * (height + gap) - gap, nodes, edges, dots)
-
-
-def _placed(node: Node, x: float, width: float, y: float, height: float) -> Node:
-    letters = int((width - 28) / 7.9)  # of the monospaced name at 13 units
-    return Node(
-        x, y, width, height, node.role, shortened(node.name, letters), shortened(node.detail, letters), node.state
-    )
-
-
-def _curve(a: Node, b: Node) -> str:
-    x1, y1, x2, y2 = a.x + a.width, a.y + a.height / 2, b.x, b.y + b.height / 2
-    bend = (x2 - x1) / 2
-    return f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"

@@ -6,6 +6,7 @@ so a resumed run would go on in another order (trl 1.16, trainer/utils.py, Repea
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ from finetune import rewards
 from finetune.arguments import common_arguments, make_trainer, steps_of
 from finetune.layout import Layout
 from finetune.sequences import completion_text, end_ids
+from recipes.errors import EngineError
 from recipes.schema import Recipe
-from recipes.schema_method import GRPO
+from recipes.schema_method import GRPO, VLLM
 
 Row = dict[str, Any]
 
@@ -99,8 +101,9 @@ def _engine(method: GRPO, layout: Layout) -> dict[str, Any]:
         }
     if layout.engine != "vllm":
         return {}
-    vllm = method.vllm
-    assert vllm is not None
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError("the package vllm is not installed", "method.engine", "pip install vllm, or set engine: auto")
+    vllm = method.vllm or VLLM()
     found: dict[str, Any] = {"use_vllm": True, "vllm_mode": vllm.mode}
     if vllm.mode == "server":
         return found | {"vllm_server_base_url": vllm.url}

@@ -166,42 +166,6 @@ def _verdict(run: RunFiles) -> dict[str, Any]:
     }
 
 
-def _whole_lineage(run: RunFiles) -> str:
-    """The tree of all assets as SVG; empty where the manifest holds none that can be read."""
-    try:
-        assets = [from_record(entry) for entry in run.manifest.get("lineage") or []]
-    except DataError:
-        return ""
-    return lineage_svg(rows_of(dig(run.manifest, "verdict", "reasons")), assets) if assets else ""
-
-
-def _lineage(run: RunFiles) -> dict[str, charts.Graph] | None:
-    if not run.inputs:
-        return None
-    verdict = _verdict(run)
-    effects = {str(r.get("asset")): str(r.get("effect") or "").lower() for r in verdict["reasons"]}
-    inputs = []
-    for item in run.inputs[:8]:
-        ref, effect = str(item.get("ref") or DASH), effects.get(str(item.get("ref")), "")
-        state = "bad" if "block" in effect else "care" if "review" in effect or "unknown" in effect else "plain"
-        detail = " · ".join([str(item.get("license") or "licence unknown"), str(item.get("sha256") or "")[:12]]).strip(
-            " ·"
-        )
-        inputs.append(charts.Node(0, 0, 0, 0, str(item.get("role") or "input"), ref, detail, state))
-    if len(run.inputs) > 8:
-        inputs.append(charts.Node(0, 0, 0, 0, "and", f"{len(run.inputs) - 8} more inputs", "in the table below"))
-    method = str(dig(run.recipe, "method", "type") or "run")
-    node = charts.Node(0, 0, 0, 0, method, run.name, verdict["title"].lower(), f"run-{verdict['kind']}")
-    made = "adapter" if run.recipe.get("adapter") else "model"
-    trained = number(run.preflight.get("trainable_parameters"))
-    result = charts.Node(0, 0, 0, 0, made, f"{made}/", f"{count(trained)} parameters" if trained else "", "result")
-    title = f"Lineage: {len(run.inputs)} inputs, the run {run.name}, its {made}"
-    return {
-        "wide": charts.lineage_wide(title, inputs, node, result),
-        "narrow": charts.lineage_narrow(title, inputs, node, result),
-    }
-
-
 def _data(run: RunFiles) -> dict[str, Any] | None:
     counts = run.counts
     if not counts:
