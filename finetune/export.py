@@ -157,11 +157,11 @@ def _weights(recipe: Recipe, run: Path, target: Path, merged: bool) -> None:
         shutil.copytree(source, target, dirs_exist_ok=True)
         return
     from data_prep.tokens import load_tokenizer
-    from finetune import stages
+    from finetune import results, stages
     from finetune.layout import find_device
 
     whole = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "none"})})
     tokenizer = load_tokenizer(recipe.model)
     model = stages.load(whole, tokenizer, find_device(recipe.train.device))
-    stages.load_tuned(whole, model, run).merge_and_unload().save_pretrained(target)
+    results.load_tuned(whole, model, run).merge_and_unload().save_pretrained(target)
     tokenizer.backend.save_pretrained(target)

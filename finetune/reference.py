@@ -103,18 +103,18 @@ def reference_logps(
     """
     keys = [one.key(key) for one in wanted]
     found = cache.get(keys)
-    missing = [i for i, k in enumerate(keys) if k not in found]
-    missing = list({keys[i]: i for i in missing}.values())
-    mine = missing[rank::world]
+    missing = list({key: i for i, key in enumerate(keys) if key not in found}.values())
+    # By the key, not by the place among what is missing: another process may already have written some of its share.
+    mine = [i for i in missing if keys[i][0] % world == rank]
     for start in range(0, len(mine), WRITE_EVERY):
         part = mine[start : start + WRITE_EVERY]
         note = f"reference {start + len(part)}/{len(mine)}"
         tokens = log_probabilities(model, tokenizer, [wanted[i].sequence for i in part], note)
         cache.put({keys[i]: wanted[i].total(line) for i, line in zip(part, tokens, strict=True)})
     if world > 1:
-        import torch.distributed as dist
+        from accelerate import PartialState
 
-        dist.barrier()
+        PartialState().wait_for_everyone()
     if missing:
         found = cache.get(keys)
     return [found[k] for k in keys], len(missing)

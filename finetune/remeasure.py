@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from data_prep.assemble import read_rows
 from data_prep.prepare import prepare
-from finetune import evals, stages
+from finetune import evals, results, stages
 from finetune.layout import find_device
 from finetune.runs import changed_keys, load_run_recipe, say
 from recipes.errors import RecipeError
@@ -40,8 +40,8 @@ def remeasure(recipe: Recipe) -> None:
     device = find_device(recipe.train.device)
     model = stages.load(recipe, prepared.tokenizer, device)
     base = stages.base_answers(recipe, model, prepared.tokenizer, rows, folder)
-    tuned = stages.load_tuned(recipe, model, folder)
-    result = stages.tuned_result(recipe, tuned, prepared.tokenizer, rows, base, folder)
+    tuned = results.load_tuned(recipe, model, folder)
+    result = results.tuned_result(recipe, tuned, prepared.tokenizer, rows, base, folder)
     content = {k: v for k, v in manifest.items() if k not in {"created", "retort_version", "files", SEAL}}
-    stages.publish(folder, {**content, "metrics": (result or {}).get("metrics", {})})
-    say(stages.result_table(folder), f"report and model card are in {folder}")
+    results.publish(folder, {**content, "metrics": (result or {}).get("metrics", {})})
+    say(results.result_table(folder), f"report and model card are in {folder}")

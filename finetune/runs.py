@@ -128,9 +128,11 @@ def main_process_first() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    from accelerate import PartialState  # brings torch in: only where there are others to wait
+    import torch  # only where there are others to wait for
+    from accelerate import PartialState
 
-    with PartialState().main_process_first():
+    # Told of the processor, it joins the processes there too; else it would take itself for the only one.
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
         yield
 
 

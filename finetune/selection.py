@@ -59,10 +59,7 @@ class Selection(TrainerCallback):
             return
         if state.is_world_process_zero:
             self._measure(state, _unwrapped(model))
-        if args.world_size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
+        args.distributed_state.wait_for_everyone()
         history = _history(self.path)
         if self.best is not None and self.best.patience is not None and self._stale(history) >= self.best.patience:
             self.stopped_at = state.global_step

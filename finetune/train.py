@@ -82,7 +82,7 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]
             require_signature(fetch(recipe.model.ref, True), Path(recipe.model.public_key))
     tokenizer = prepared.tokenizer
 
-    from finetune import evals, stages, tracking  # torch comes in here, after all that is cheap to refuse
+    from finetune import evals, results, stages, tracking  # torch comes in here, after all that is cheap to refuse
     from finetune.arguments import check_extra
     from finetune.rewards import check as check_rewards
 
@@ -107,18 +107,18 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]
     trainer, watch = stages.build(recipe, layout, tokenizer, model, rows, watched, folder, tracker, known)
     preflight = stages.preflight(recipe, layout, tokenizer, trainer, rows, prepared, folder)
     stages.fit(trainer, watch, preflight, folder)
-    stages.save(recipe, trainer, tokenizer, folder)
+    results.save(recipe, trainer, tokenizer, folder)
 
     if is_main():
-        result = stages.tuned_result(recipe, trainer.model, tokenizer, measured, base, folder)
-        stages.finish(recipe, folder, verdict, assets, device, prepared, layout, result)
+        result = results.tuned_result(recipe, trainer.model, tokenizer, measured, base, folder)
+        results.finish(recipe, folder, verdict, assets, device, prepared, layout, result)
         tracker.finish(result, [folder / n for n in ("report.html", "manifest.json", "recipe.yaml", "eval.json")])
         show_result(folder)
 
 
 def show_result(folder: Path) -> None:
     """The table at the end of a run, and where to look."""
-    from finetune.stages import result_table
+    from finetune.results import result_table
 
     say(result_table(folder), f"adapter, report and model card are in {folder} (open {folder / 'report.html'})")
 

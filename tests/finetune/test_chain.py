@@ -15,7 +15,7 @@ from training import adapter_of, built
 from data_prep.tokens import load_tokenizer
 from finetune.layout import find_device
 from finetune.models import load_base, load_start
-from finetune.stages import load_tuned
+from finetune.results import load_tuned
 from recipes.errors import DataError, RecipeError
 from recipes.load import load_recipe
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COLOURS, THINGS, write_rows
+from conftest import COLOURS, THINGS, run_train, write_rows
 from training import adapter_of, built, logged, run_losses
 
 from data_prep.assemble import read_rows
@@ -304,3 +304,33 @@ def test_both_answers_end_where_they_end(make: Callable[..., Path]) -> None:
     assert counted[:4] == [sum(row["loss_mask"]) for row in found.rows[:4]]
     assert counted[4:] == [sum(row["rejected_mask"]) for row in found.rows[:4]]
     assert all(torch.isfinite(p).all() for p in before.values())
+
+
+@pytest.mark.slow
+def test_dpo_on_real_pairs_raises_held_out_preference_accuracy(realdata: Path, tmp_path: Path) -> None:
+    """A model of 260,000 parameters that has read nothing but stories, on pairs of real assistants."""
+    folder = realdata / "data" / "preference"
+    recipe = {
+        "name": "stories",
+        "output": str(tmp_path / "run"),
+        "model": {"base": str(realdata / "models" / "stories260K")},
+        "adapter": {"r": 16},
+        "data": {
+            "train": [{"path": str(path)} for path in sorted(folder.glob("*.jsonl"), reverse=True)],
+            "eval": {"fraction": 0.3},
+            "steps": [{"length": {"max_tokens": 220}}],
+        },
+        "method": {"type": "dpo", "beta": 0.1},
+        "train": {"epochs": 2, "tokens_per_step": 4096, "seq_len": 288, "learning_rate": 1e-3, "device": "cpu"},
+        "eval": {"metrics": ["reward_accuracy", "preference_accuracy", "loss"], "samples": None},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    done = run_train(path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    found = result["metrics"]["reward_accuracy"]
+    assert result["n"] > 90 and found["base"]["value"] == 0.5
+    assert found["tuned"]["value"] > 0.57 and found["p_value"] < 0.06  # 0.617 and 0.027 where it was written
+    own = result["metrics"]["preference_accuracy"]
+    assert own["tuned"]["value"] > own["base"]["value"]

@@ -137,7 +137,7 @@ def test_the_best_weights_are_kept_and_the_run_ends_early(make_recipe: Callable[
     from finetune import evals
     from finetune.layout import find_device
     from finetune.models import load_base
-    from finetune.stages import load_tuned
+    from finetune.results import load_tuned
     from finetune.stats import values
 
     recipe = load_recipe(path)
