@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,27 @@ from finetune.layout import Layout
 from finetune.models import adapter_config
 from recipes.errors import RecipeError
 from recipes.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a trainer is built from.
+
+    Attributes:
+        rows: prepared training rows.
+        run_dir: checkpoints go to `run_dir/checkpoints`.
+        reference: log-probabilities of the answers that the method compares with, in its order; empty for none.
+    """
+
+    recipe: Recipe
+    layout: Layout
+    tokenizer: Tokenizer
+    model: Any
+    rows: Sequence[dict[str, Any]]
+    run_dir: Path
+    callbacks: Sequence[Any] = ()
+    reference: Sequence[float] = ()
+
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
@@ -155,16 +177,7 @@ def check_extra(recipe: Recipe) -> None:
         raise RecipeError(f"{config.__name__} refuses it: {' '.join(str(error).split())}", "train.extra") from None
 
 
-def make_trainer(
-    kind: Any,
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    model: Any,
-    config: Any,
-    data: Any,
-    callbacks: Sequence[Any],
-    **more: Any,
-) -> Any:
+def make_trainer(kind: Any, job: Job, config: Any, data: Any, **more: Any) -> Any:
     """A trainer of TRL's, with the recipe's adapter unless the model already wears one.
 
     Raises:
@@ -174,15 +187,15 @@ def make_trainer(
     from transformers.trainer_callback import PrinterCallback
 
     datasets.disable_progress_bars()  # of steps that take no time: the rows are prepared
-    fresh = recipe.adapter is not None and not hasattr(model, "peft_config")
+    fresh = job.recipe.adapter is not None and not hasattr(job.model, "peft_config")
     try:
         trainer = kind(
-            model=model,
+            model=job.model,
             args=config,
-            processing_class=tokenizer.backend,
+            processing_class=job.tokenizer.backend,
             train_dataset=data,
-            peft_config=adapter_config(recipe) if fresh else None,
-            callbacks=list(callbacks),
+            peft_config=adapter_config(job.recipe) if fresh else None,
+            callbacks=list(job.callbacks),
             **more,
         )
     except ValueError as error:  # peft: a target that matches nothing; trl: options that exclude each other
@@ -192,14 +205,15 @@ def make_trainer(
     return trainer
 
 
-def common_arguments(recipe: Recipe, layout: Layout, run_dir: Path) -> dict[str, Any]:
-    """Fields of transformers' TrainingArguments that every method shares."""
+def common_arguments(job: Job) -> dict[str, Any]:
+    """Fields of transformers' TrainingArguments that every method shares, and those of `train.extra`."""
+    recipe, layout = job.recipe, job.layout
     train = recipe.train
     optimizer = train.optimizer
     if optimizer == "auto":
         optimizer = "paged_adamw_8bit" if layout.device == "cuda" and layout.quantization == "nf4" else "adamw"
     return {
-        "output_dir": str(run_dir / "checkpoints"),
+        "output_dir": str(job.run_dir / "checkpoints"),
         "per_device_train_batch_size": layout.micro_batch,
         "gradient_accumulation_steps": layout.gradient_accumulation,
         "max_steps": layout.steps,
@@ -224,6 +238,7 @@ def common_arguments(recipe: Recipe, layout: Layout, run_dir: Path) -> dict[str,
         "disable_tqdm": True,
         "dataloader_pin_memory": layout.device == "cuda",
         "ddp_find_unused_parameters": False if layout.world_size > 1 else None,
+        **train.extra,
     }
 
 

@@ -101,7 +101,7 @@ WATCHED = {
     "completions/clipped_ratio": "truncated_share",
     "sampling/sampling_logp_difference/mean": "engine_logp_difference",
 }
-_REWARD = re.compile(r"^rewards/(\w+)/mean$")
+_REWARD = re.compile(r"^rewards/([\w#]+)/mean$")
 
 
 def watched(logs: dict[str, Any]) -> dict[str, float]:

@@ -9,7 +9,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune.comparison import compared, headline
+from finetune.comparison import GREEDY, compared, headline
+from finetune.report_lineage import license_of
+from finetune.report_method import chain_of, method_facts, method_of, rewards_of
 from finetune.run_files import (
     DASH,
     RunFiles,
@@ -93,7 +95,7 @@ def card_view(run: RunFiles) -> dict[str, Any]:
     """What the card's template shows."""
     recipe, verdict, metrics = run.recipe, run.manifest.get("verdict"), compared(run.evaluation)
     counts = run.counts
-    parameters = number(run.preflight.get("total_parameters"))
+    parameters, chain, method = number(run.preflight.get("total_parameters")), chain_of(run), method_of(run)
     folder = next((f for f in ("adapter", "model") if (run.path / f).is_dir()), "adapter" if run.adapter else "model")
     return {
         "front": front_matter(run),
@@ -106,16 +108,22 @@ def card_view(run: RunFiles) -> dict[str, Any]:
         "has_tokenizer": (run.path / folder / "tokenizer_config.json").is_file(),
         "quantization": run.quantization,
         "confidence": run.confidence,
-        "method": str(dig(recipe, "method", "type") or "training"),
+        "method": method,
+        "settings": [(term, value) for term, value, _ in method_facts(run) if term != "Rewards"],
+        "rewards": rewards_of(run),
+        "chain": chain,
+        "whole": chain is not None and chain.merged and folder == "adapter",  # such an adapter fits no base as it is
+        "auto": f"AutoModelFor{'SequenceClassification' if method.kind == 'reward' else 'CausalLM'}",
         "chats": dig(recipe, "method", "on") != "text",
         "train": recipe.get("train") if isinstance(recipe.get("train"), dict) else {},
         "steps": count(run.training[-1].get("step")) if run.training else DASH,
         "seconds": duration(run.training[-1].get("seconds")) if run.training else DASH,
-        "inputs": run.inputs,
+        "inputs": [item | {"license": license_of(item)} for item in run.inputs],
         "counts": counts,
         "share": percent(counts.get("trained_tokens"), counts.get("train_tokens")),
         "count": count,
         "metrics": metrics,
+        "greedy": any(metric["key"] in GREEDY for metric in metrics),
         "headline": headline(metrics),
         "n": count(run.evaluation.get("n")),
         "verdict": str(dig(verdict, "verdict") or "not judged"),
@@ -150,7 +158,7 @@ def front_matter(run: RunFiles) -> str:
         fields["datasets"] = datasets
     fields |= {
         "library_name": "peft" if run.adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if method_of(run).kind == "reward" else "text-generation",
         "tags": tags,
     }
     return "\n".join(line for key, value in fields.items() for line in _yaml_lines(key, value))

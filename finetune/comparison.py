@@ -10,9 +10,13 @@ from finetune import charts
 from finetune.run_files import DASH, decimal, dig, number, p_value, percent
 
 VISIBLE_SAMPLES, PAGE, MOST_SAMPLES = 12, 40, 500
+GREEDY = {"exact_match", "label_accuracy", "macro_f1", "token_f1", "reward"}  # measured on greedy answers
 LOWER_IS_BETTER = {"loss", "perplexity"}
-PERCENT = {"exact_match", "label_accuracy", "macro_f1", "token_f1"}
+PERCENT = {"preference_accuracy", "reward_accuracy", "exact_match", "label_accuracy", "macro_f1", "token_f1"}
 METRIC_NAMES = {
+    "preference_accuracy": "Preference accuracy",
+    "reward_accuracy": "Reward accuracy",
+    "reward": "Reward",
     "exact_match": "Exact match",
     "label_accuracy": "Label accuracy",
     "macro_f1": "Macro F1",
@@ -102,13 +106,19 @@ def sampled(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "pages": [rest[i : i + PAGE] for i in range(0, len(rest), PAGE)],
         "outcomes": Counter(_outcome(row) for row in rows),
         "total": len(rows),
+        "generated": any(_generated(row) for row in rows),
         "left_out": len(rows) - len(shown),
     }
 
 
+def _generated(row: dict[str, Any]) -> bool:
+    """Metrics such as the loss are measured without letting the models answer."""
+    return row.get("base") is not None or row.get("tuned") is not None
+
+
 def _outcome(row: dict[str, Any]) -> str:
     base, tuned = row.get("base_correct"), row.get("tuned_correct")
-    if not isinstance(base, bool) or not isinstance(tuned, bool):
+    if not _generated(row) or not isinstance(base, bool) or not isinstance(tuned, bool):
         return "not judged"
     if base == tuned:
         return "both right" if base else "both wrong"
@@ -119,4 +129,5 @@ def _sample(place: int, row: dict[str, Any]) -> dict[str, Any]:
     texts = {key: row.get(key) for key in ("prompt", "reference", "base", "tuned")}
     words = {"True": "right", "False": "wrong"}
     marks = {f"{who}_mark": words.get(str(row.get(f"{who}_correct")), "") for who in ("base", "tuned")}
-    return {"place": place, "id": str(row.get("_id") or ""), "outcome": _outcome(row), **texts, **marks}
+    known = {"place": place, "id": str(row.get("_id") or ""), "outcome": _outcome(row), "generated": _generated(row)}
+    return {**known, **texts, **marks}

@@ -111,6 +111,12 @@ def measure(
     ]
 
 
+def asked_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages that the last answer answers; all of a pair's or a prompt's."""
+    messages = list(row["messages"] or [])
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
 def reference_of(row: dict[str, Any], recipe: Recipe) -> str:
     """The wanted answer of a row: the chosen one of a pair, the last assistant turn of a chat, or the column that the
     rewards of the recipe compare with."""
@@ -239,7 +245,7 @@ def write_comparison(
     write_atomic(run_dir / "eval.json", json.dumps(result, indent=2) + "\n")
     samples = []
     for row, b, t in list(zip(rows, base, tuned, strict=True))[:SHOWN]:
-        turns = "\n\n".join(f"{m['role']}: {m['content']}" for m in (row["messages"] or [])[:-1])
+        turns = "\n\n".join(f"{m['role']}: {m['content']}" for m in asked_of(row))
         samples.append(
             {
                 "_id": row["_id"],
@@ -247,8 +253,8 @@ def write_comparison(
                 "reference": t.reference or row["text"],
                 "base": b.text,
                 "tuned": t.text,
-                "base_correct": is_exact(b),
-                "tuned_correct": is_exact(t),
+                "base_correct": None if b.text is None else is_exact(b),
+                "tuned_correct": None if t.text is None else is_exact(t),
             }
         )
     write_atomic(run_dir / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))

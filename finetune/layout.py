@@ -64,6 +64,7 @@ class Layout:
     dtype: str
     quantization: str
     estimated_bytes: int | None
+    unit: str = "rows"  # what `rows_per_step` counts: packs, pairs, completions
     engine: str | None = None  # of GRPO: who writes the completions, measured where the recipe says auto
 
     def as_dict(self) -> dict[str, Any]:
@@ -197,8 +198,9 @@ def plan_layout(
     if recipe.method.type == "grpo":
         return _plan_groups(recipe, recipe.method, device, facts, rows, longest, world_size)
     width = train.seq_len if train.packing else longest
+    unit = "packs" if train.packing else "rows"
     if recipe.method.type in {"dpo", "orpo", "reward"}:
-        width *= 2  # both answers of a pair
+        width, unit = 2 * width, "pairs"  # both answers are read together
     per_row = mean_tokens
     if train.packing:
         tokens = rows * mean_tokens
@@ -233,6 +235,7 @@ def plan_layout(
         + micro * width * _per_token(recipe, device, facts, checkpointing)
         if facts
         else None,
+        unit=unit,
     )
 
 
@@ -288,6 +291,7 @@ def _plan_groups(
         + micro * width * _per_token(recipe, device, facts, checkpointing)
         if facts
         else None,
+        unit="completions",
         engine=method.engine,
     )
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_prep.tokens import Tokenizer
 from finetune import rewards
-from finetune.arguments import common_arguments, make_trainer, steps_of
+from finetune.arguments import Job, common_arguments, make_trainer, steps_of
 from finetune.layout import Layout
 from finetune.sequences import completion_text, end_ids
 from recipes.errors import EngineError
@@ -26,25 +25,15 @@ from recipes.schema_method import GRPO, VLLM
 Row = dict[str, Any]
 
 
-def build_grpo(
-    recipe: Recipe,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    model: Any,
-    rows: Sequence[Row],
-    run_dir: Path,
-    callbacks: Sequence[Any],
-    reference: Sequence[float] = (),
-) -> Any:
+def build_grpo(job: Job) -> Any:
     """TRL's GRPOTrainer over prepared prompts.
 
-    Args:
-        rows: prepared prompts; their other columns and last answers are what the rewards compare with.
-        layout: its `engine` says who writes the completions.
+    The rows' other columns and last answers are what the rewards compare with; the layout says who writes completions.
     """
     import datasets
     from trl import GRPOConfig, GRPOTrainer
 
+    recipe, layout, rows = job.recipe, job.layout, job.rows
     method = recipe.method
     assert isinstance(method, GRPO)
     order = prompt_order(len(rows), layout.steps // method.iterations * method.prompts_per_step, recipe.seed)
@@ -55,7 +44,7 @@ def build_grpo(
             return [ids[prompt] for prompt in prompts], None, {}
 
     data = datasets.Dataset.from_dict({"prompt": [str(i) for i in order]})
-    common = common_arguments(recipe, layout, run_dir)
+    common = common_arguments(job)
     # A checkpoint between two updates on the same completions could not be resumed: they are in memory alone.
     save = steps_of(recipe.train.save_every, layout.steps)
     common["save_steps"] = -(-save // method.iterations) * method.iterations
@@ -77,10 +66,20 @@ def build_grpo(
         reward_weights=[term.options.weight for term in method.rewards],
         **sampling(method),
         **_engine(method, layout),
-        **recipe.train.extra,
     )
-    scored = Scored(recipe, tokenizer, rows)
-    return make_trainer(Prepared, recipe, tokenizer, model, config, data, callbacks, reward_funcs=scored.functions())
+    scored = Scored(recipe, job.tokenizer, rows)
+    return make_trainer(Prepared, job, config, data, reward_funcs=scored.functions())
+
+
+def check_policy(method: GRPO) -> None:
+    """Find out what is wrong with rewards and engine before anything is loaded.
+
+    Raises:
+        RecipeError: a reward names something that is not there. EngineError: this machine lacks what one needs.
+    """
+    if method.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise EngineError("the package vllm is not installed", "method.engine", "pip install vllm, or set engine: auto")
+    rewards.check(method.rewards)
 
 
 def sampling(method: GRPO) -> dict[str, Any]:
@@ -101,8 +100,6 @@ def _engine(method: GRPO, layout: Layout) -> dict[str, Any]:
         }
     if layout.engine != "vllm":
         return {}
-    if importlib.util.find_spec("vllm") is None:
-        raise EngineError("the package vllm is not installed", "method.engine", "pip install vllm, or set engine: auto")
     vllm = method.vllm or VLLM()
     found: dict[str, Any] = {"use_vllm": True, "vllm_mode": vllm.mode}
     if vllm.mode == "server":
@@ -198,8 +195,13 @@ def is_flat(sums: Sequence[float | None]) -> bool:
 
 
 def names_of(method: GRPO) -> list[str]:
-    """The rewards' names; own functions by the function's name."""
-    return [t.options.path.rpartition(":")[2] if t.name == "function" else t.name for t in method.rewards]
+    """The rewards' names; own functions by the function's name, with a number from the second of a name on."""
+    names: list[str] = []
+    for term in method.rewards:
+        name = term.options.path.rpartition(":")[2] if term.name == "function" else term.name
+        same = sum(other.partition("#")[0] == name for other in names)
+        names.append(f"{name}#{same + 1}" if same else name)
+    return names
 
 
 def longest_completions(rows: Sequence[Row], method: GRPO, count: int, pad: int) -> dict[str, torch.Tensor]:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_prep.tokens import Tokenizer
-from finetune.arguments import common_arguments, make_trainer
+from finetune.arguments import Job, common_arguments, make_trainer
 from finetune.layout import Layout
 from finetune.reference import Weighed
 from finetune.sequences import Sequence_
@@ -56,24 +54,11 @@ def _weighed(method: DPO, row: Row) -> tuple[Weighed, Weighed]:
     return Weighed(sides[0], shared, method.length_desensitised), Weighed(sides[1], shared, method.length_desensitised)
 
 
-def build_dpo(
-    recipe: Recipe,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    model: Any,
-    rows: Sequence[Row],
-    run_dir: Path,
-    callbacks: Sequence[Any],
-    reference: Sequence[float],
-) -> Any:
-    """TRL's DPOTrainer over prepared pairs.
-
-    Args:
-        reference: log-probabilities of `wanted_of`, in its order; empty without a reference (a uniform one, or none).
-    """
+def build_dpo(job: Job) -> Any:
+    """TRL's DPOTrainer over prepared pairs; without a reference a uniform one."""
     from trl import DPOConfig, DPOTrainer
 
-    method = recipe.method
+    method, rows = job.recipe.method, job.rows
     assert isinstance(method, DPO)
 
     class Prepared(DPOTrainer):
@@ -83,7 +68,7 @@ def build_dpo(
         def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
             return dataset  # the columns are there
 
-    pairs = reference or [0.0] * (2 * len(rows))
+    pairs = job.reference or [0.0] * (2 * len(rows))
     data = _dataset(
         {
             "chosen_ids": [row["input_ids"] for row in rows],
@@ -95,7 +80,7 @@ def build_dpo(
         }
     )
     config = DPOConfig(
-        **common_arguments(recipe, layout, run_dir),
+        **common_arguments(job),
         max_length=None,
         loss_type=list(method.loss),
         loss_weights=list(method.loss.values()),
@@ -104,10 +89,9 @@ def build_dpo(
         ld_alpha=method.length_desensitised,
         precompute_ref_log_probs=True,
         remove_unused_columns=False,
-        **recipe.train.extra,
     )
-    collator = PairCollator(tokenizer.backend.pad_token_id)
-    return make_trainer(Prepared, recipe, tokenizer, model, config, data, callbacks, data_collator=collator)
+    collator = PairCollator(job.tokenizer.backend.pad_token_id)
+    return make_trainer(Prepared, job, config, data, data_collator=collator)
 
 
 @dataclass
@@ -169,20 +153,11 @@ def _mismatched(prompt: Sequence_, answer: Sequence_) -> Sequence_:
     return ids, [*[False] * begins, *answer[1][starts:]]
 
 
-def build_kto(
-    recipe: Recipe,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    model: Any,
-    rows: Sequence[Row],
-    run_dir: Path,
-    callbacks: Sequence[Any],
-    reference: Sequence[float],
-) -> Any:
-    """TRL's KTOTrainer over prepared answers with labels; `reference` as for `build_dpo`."""
+def build_kto(job: Job) -> Any:
+    """TRL's KTOTrainer over prepared answers with labels."""
     from trl import KTOConfig, KTOTrainer
 
-    method = recipe.method
+    method = job.recipe.method
     assert isinstance(method, KTO)
 
     class Prepared(KTOTrainer):
@@ -192,21 +167,21 @@ def build_kto(
         def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
-    lines, both = _kto_lines(recipe, layout, rows), method.loss == "kto"
+    lines, both = _kto_lines(job.recipe, job.layout, job.rows), method.loss == "kto"
     columns = {
         "ids": [line["sequence"][0] for line in lines],
         "mask": [line["sequence"][1] for line in lines],
         "label": [line["label"] for line in lines],
-        "ref_logps": list(reference[0 :: 2 if both else 1]),
+        "ref_logps": list(job.reference[0 :: 2 if both else 1]),
     }
     if both:
         columns |= {
             "KL_ids": [line["kl"][0] for line in lines],
             "KL_mask": [line["kl"][1] for line in lines],
-            "ref_KL_logps": list(reference[1::2]),
+            "ref_KL_logps": list(job.reference[1::2]),
         }
     config = KTOConfig(
-        **common_arguments(recipe, layout, run_dir),
+        **common_arguments(job),
         max_length=None,
         loss_type=method.loss,
         beta=method.beta,
@@ -215,11 +190,10 @@ def build_kto(
         precompute_ref_log_probs=True,
         train_sampling_strategy="sequential",  # the batches are fixed; their order was drawn
         remove_unused_columns=False,
-        **recipe.train.extra,
     )
-    collator = AnswerCollator(tokenizer.backend.pad_token_id)
+    collator = AnswerCollator(job.tokenizer.backend.pad_token_id)
     data = _dataset(columns)
-    return make_trainer(Prepared, recipe, tokenizer, model, config, data, callbacks, data_collator=collator)
+    return make_trainer(Prepared, job, config, data, data_collator=collator)
 
 
 @dataclass
@@ -237,23 +211,14 @@ class AnswerCollator:
         return batch | {name: torch.tensor([line[name] for line in lines]) for name in (*names, "label")}
 
 
-def build_orpo(
-    recipe: Recipe,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    model: Any,
-    rows: Sequence[Row],
-    run_dir: Path,
-    callbacks: Sequence[Any],
-    reference: Sequence[float] = (),
-) -> Any:
+def build_orpo(job: Job) -> Any:
     """TRL's ORPOTrainer over prepared pairs, with the imitation term on the chosen answer's tokens alone by default.
 
     The term is averaged over the tokens of the whole optimiser step, so that accumulation changes nothing.
     """
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    method = recipe.method
+    method = job.recipe.method
     assert isinstance(method, ORPO)
     everything = method.imitate == "all"
     key = "chosen_attention_mask" if everything else "chosen_labels"
@@ -278,21 +243,20 @@ def build_orpo(
             return (logps, rejected, *rest)
 
     config = ORPOConfig(
-        **common_arguments(recipe, layout, run_dir),
-        max_length=recipe.train.seq_len,
+        **common_arguments(job),
+        max_length=job.recipe.train.seq_len,
         beta=method.beta,
         remove_unused_columns=False,
-        **recipe.train.extra,
     )
     columns: dict[str, list[Any]] = {}
     for side, of in (("chosen", chosen_of), ("rejected", rejected_of)):
-        both = [of(row) for row in rows]
+        both = [of(row) for row in job.rows]
         columns[f"{side}_input_ids"] = [ids for ids, _ in both]
         columns[f"{side}_attention_mask"] = [[1] * len(ids) for ids, _ in both]
         columns[f"{side}_labels"] = [
             [t if m and i else -100 for i, (t, m) in enumerate(zip(ids, mask, strict=True))] for ids, mask in both
         ]
-    return make_trainer(Prepared, recipe, tokenizer, model, config, _dataset(columns), callbacks)
+    return make_trainer(Prepared, job, config, _dataset(columns))
 
 
 def _imitated(batch: dict[str, Any], key: str) -> torch.Tensor:
@@ -301,26 +265,17 @@ def _imitated(batch: dict[str, Any], key: str) -> torch.Tensor:
     return (marked != -100).sum(-1) if key == "chosen_labels" else marked.sum(-1)
 
 
-def build_reward(
-    recipe: Recipe,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    model: Any,
-    rows: Sequence[Row],
-    run_dir: Path,
-    callbacks: Sequence[Any],
-    reference: Sequence[float] = (),
-) -> Any:
+def build_reward(job: Job) -> Any:
     """TRL's RewardTrainer over prepared pairs; `model` has one output, the score at the last token."""
     from trl import RewardConfig, RewardTrainer
 
-    method = recipe.method
+    method = job.recipe.method
     assert isinstance(method, RewardModel)
     config = RewardConfig(
-        **common_arguments(recipe, layout, run_dir),
+        **common_arguments(job),
         max_length=None,
         center_rewards_coefficient=method.center,
-        **recipe.train.extra,
     )
-    columns = {"chosen_ids": [row["input_ids"] for row in rows], "rejected_ids": [row["rejected_ids"] for row in rows]}
-    return make_trainer(RewardTrainer, recipe, tokenizer, model, config, _dataset(columns), callbacks)
+    sides = {"chosen_ids": "input_ids", "rejected_ids": "rejected_ids"}
+    columns = {name: [row[ids] for row in job.rows] for name, ids in sides.items()}
+    return make_trainer(RewardTrainer, job, config, _dataset(columns))

@@ -7,19 +7,19 @@ The model card is written by the same means (finetune/card.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune import charts
 from finetune.card import write_card
 from finetune.comparison import compared, headline, sampled
-from finetune.lineage_svg import lineage_svg
+from finetune.report_lineage import license_of, lineage, whole_lineage
+from finetune.report_method import chain_of, method_facts, method_of
+from finetune.report_rewards import before_training, while_training
+from finetune.report_training import training_view
 from finetune.run_files import (
     DASH,
     RunFiles,
@@ -39,8 +39,6 @@ from finetune.run_files import (
     table_of,
     words_of,
 )
-from recipes.errors import DataError
-from recipes.evidence import from_record
 from recipes.lineage import write_atomic
 
 __all__ = ["write_card", "write_report"]
@@ -58,7 +56,6 @@ VERDICTS = {
     "block": ("bad", "Blocked", "A licence in the lineage forbids this plan."),
     "not judged": ("plain", "Not judged", "No licence gate was asked about this run."),
 }
-KNOWN_SERIES = {"step", "epoch", "seconds", "loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_seen"}
 
 
 def write_report(run_dir: Path, manifest: dict[str, Any] | None = None) -> Path:
@@ -79,7 +76,8 @@ def write_report(run_dir: Path, manifest: dict[str, Any] | None = None) -> Path:
 
 def report_view(run: RunFiles) -> dict[str, Any]:
     """What the template shows, section by section, as plain values already worded."""
-    metrics = compared(run.evaluation)
+    metrics, verdict, chain = compared(run.evaluation), _verdict(run), chain_of(run)
+    problems: list[tuple[str, str]] = []
     return {
         "name": run.name,
         "status": _status(run),
@@ -88,19 +86,23 @@ def report_view(run: RunFiles) -> dict[str, Any]:
         "metrics": metrics,
         "n": count(run.evaluation.get("n")),
         "confidence": run.confidence,
-        "verdict": _verdict(run),
-        "lineage": _lineage(run),
-        "whole_lineage": _whole_lineage(run),
-        "inputs": run.inputs,
+        "verdict": verdict,
+        "lineage": lineage(run, verdict),
+        "whole_lineage": whole_lineage(run),
+        "inputs": [item | {"license": license_of(item)} for item in run.inputs],
         "data": _data(run),
-        "curves": _curves(run),
+        "rewards": before_training(run, problems),
+        "curves": training_view(run),
+        "completions": while_training(run, problems),
+        "start": chain.run if chain else "",
+        "prompts_only": method_of(run).kind == "grpo",
         "samples": sampled(run.samples),
         "masks": [_mask(row) for row in run.masks[:MOST_MASKS]],
         "preflight": _preflight(run),
         "plan": _plan(run),
         "environment": _environment_facts(run),
         "recipe_text": run.recipe_text,
-        "notes": run.notes,
+        "notes": [*run.notes, *problems],
     }
 
 
@@ -132,21 +134,26 @@ def _status(run: RunFiles) -> dict[str, str]:
     return {"kind": "bad", "word": "Unfinished", "text": text, "command": "retort train RECIPE --resume"}
 
 
-def _facts(run: RunFiles) -> list[tuple[str, str]]:
+def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
+    """(term, value, hint) at the head of the page."""
     tuning = adapter_kind(run)
     if run.adapter:
         tuning += f", r {count(run.adapter.get('r'))}, alpha {count(lora_alpha(run))}"
-    use = run.recipe.get("use")
-    passed_on = {True: ", distributed", False: ", not distributed"}.get(dig(use, "distribute"), "")
+    use, method, chain = run.recipe.get("use"), method_of(run), chain_of(run)
+    distribute = dig(use, "distribute")
+    passed_on = ", distributed" if distribute is True else ", not distributed" if distribute is False else ""
+    device = str(run.plan.get("device") or dig(run.manifest, "environment", "device") or DASH)
     return [
-        ("Base model", run.base or DASH),
-        ("Method", f"{str(dig(run.recipe, 'method', 'type') or DASH).upper()}, {tuning}"),
-        ("Intended use", f"{dig(use, 'purpose')}{passed_on}" if isinstance(use, dict) else "not stated"),
-        ("Device", str(run.plan.get("device") or dig(run.manifest, "environment", "device") or DASH)),
-        ("Finished", moment(run.manifest.get("created")) if run.manifest else "not yet"),
-        ("Training time", duration(run.training[-1].get("seconds")) if run.training else DASH),
-        ("Base quantisation", run.quantization),
-        ("Seed", str(run.recipe.get("seed", DASH))),
+        ("Base model", run.base or DASH, ""),
+        *([("Start", chain.said, chain.how)] if chain else []),
+        ("Method", f"{method.short}, {tuning}", method.full),
+        *method_facts(run),
+        ("Intended use", f"{dig(use, 'purpose')}{passed_on}" if isinstance(use, dict) else "not stated", ""),
+        ("Device", device, ""),
+        ("Finished", moment(run.manifest.get("created")) if run.manifest else "not yet", ""),
+        ("Training time", duration(run.training[-1].get("seconds")) if run.training else DASH, ""),
+        ("Base quantisation", run.quantization, ""),
+        ("Seed", str(run.recipe.get("seed", DASH)), ""),
     ]
 
 
@@ -176,6 +183,10 @@ def _data(run: RunFiles) -> dict[str, Any] | None:
     origin = f"from {sources} {'source' if sources == 1 else 'sources'}" if sources else ""
     most = max(dropped.values(), default=0) or 1
     total = sum(dropped.values())
+    share = percent(counts.get("trained_tokens"), counts.get("train_tokens")) + " of training tokens carry loss"
+    trained = (count(counts.get("trained_tokens")), share)
+    if method_of(run).kind == "grpo":
+        trained = (DASH, "completions are trained, not prompts")
     return {
         "tiles": [
             ("Rows in", count(counts.get("rows_in")), origin),
@@ -187,58 +198,13 @@ def _data(run: RunFiles) -> dict[str, Any] | None:
             ("Dropped", count(total), "each with its reason" if total else "no row was dropped"),
             ("Training rows", count(counts.get("train_rows")), count(counts.get("train_tokens")) + " tokens"),
             ("Held-out rows", count(counts.get("eval_rows")), count(counts.get("eval_tokens")) + " tokens"),
-            (
-                "Trained tokens",
-                count(counts.get("trained_tokens")),
-                percent(counts.get("trained_tokens"), counts.get("train_tokens")) + " of training tokens carry loss",
-            ),
+            ("Trained tokens", *trained),
         ],
         "dropped": [(reason, count(n), 100 * n / most) for reason, n in sorted(dropped.items(), key=lambda kv: -kv[1])],
         "length": [(k, count(dig(counts, "length", k))) for k in ("min", "p50", "p90", "p99", "max")],
         "page": (run.path / "data.html").is_file(),
         "truncated": number(counts.get("truncated_rows")),
         "lost": number(counts.get("lost_tokens")),
-    }
-
-
-def _curves(run: RunFiles) -> dict[str, Any]:
-    lines = run.training
-    steps = [line["step"] for line in lines]
-    evals = [(m["step"], v) for m in run.metrics if (v := number(m.get("eval_loss"))) is not None]
-
-    def chart(key: str, title: str, write: Callable[[float], str], **options: Any) -> charts.LineChart | None:
-        values = [number(line.get(key)) for line in lines]
-        return charts.line_chart(title, steps, values, **{"width": 510, "height": 270, "write": write, **options})
-
-    loss: dict[str, Any] = {"smooth": True, "from_zero": False, "points": evals, "point_name": "held-out loss"}
-    peak = max((number(line.get("memory_bytes")) or 0 for line in lines), default=0)
-    power = 3 if peak >= 2**30 else 2
-    unit = "GiB" if power == 3 else "MiB"
-
-    def of(key: str) -> list[float]:
-        return [v for line in lines if (v := number(line.get(key))) is not None]
-
-    speed, norm = of("tokens_per_second"), of("grad_norm")
-    small = [
-        (chart("learning_rate", "Learning rate", decimal), f"peak {decimal(max(of('learning_rate'), default=None))}"),
-        (chart("tokens_per_second", "Tokens per second", count), f"median {count(median(speed)) if speed else DASH}"),
-        (chart("memory_bytes", f"Memory in {unit}", size, scale=float(1024**power)), f"peak {size(peak)}"),
-        (chart("grad_norm", "Gradient norm", decimal), f"median {decimal(median(norm)) if norm else DASH}"),
-    ]
-    known = KNOWN_SERIES | {"memory_bytes"}
-    others = [k for k in dict.fromkeys(k for line in lines for k in line) if k not in known][:12]
-    others_drawn = [
-        (chart(key, key.replace("_", " ").capitalize(), decimal, from_zero=False), f"last {decimal(of(key)[-1])}")
-        for key in others
-        if of(key)
-    ]
-    return {
-        "loss_wide": chart("loss", "Training loss", decimal, width=1040, height=340, **loss),
-        "loss_narrow": chart("loss", "Training loss", decimal, **loss),
-        "has_evals": bool(evals),
-        "small": [(c, word) for c, word in (*small, *others_drawn) if c],
-        "steps": count(len(lines)),
-        "broken": sum(1 for line in lines if "loss" in line and number(line["loss"]) is None),
     }
 
 

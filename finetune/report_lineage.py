@@ -78,13 +78,14 @@ def _unplaced(role: str, name: str, detail: str, state: str = "plain") -> Node:
 
 def _input(item: dict[str, Any], effect: str) -> Node:
     state = "bad" if "block" in effect else "care" if "review" in effect or "unknown" in effect else "plain"
-    parts = [license_of(item), str(item.get("sha256") or "")[:12]]
-    return _unplaced(str(item.get("role") or "input"), str(item.get("ref") or DASH), " · ".join(filter(None, parts)), state)
+    stated = license_of(item) if item.get("license") or item.get("role") == "run" else "licence unknown"
+    detail = " · ".join(filter(None, (stated, str(item.get("sha256") or "")[:12])))
+    return _unplaced(str(item.get("role") or "input"), str(item.get("ref") or DASH), detail, state)
 
 
 def license_of(item: dict[str, Any]) -> str:
     """The licence of an input, in words. An earlier run states none of its own: its inputs are in its manifest."""
-    missing = "see its manifest" if item.get("role") == "run" else "licence unknown"
+    missing = "see its manifest" if item.get("role") == "run" else "unknown"
     return str(item.get("license") or missing)
 
 

@@ -38,6 +38,9 @@ class RunFiles:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     masks: list[dict[str, Any]]
+    watched: list[dict[str, Any]]
+    rewards: dict[str, Any]
+    completions: list[dict[str, Any]]
     notes: list[tuple[str, str]]
 
     @property
@@ -54,7 +57,7 @@ class RunFiles:
         """The same, taken apart; None where it cannot be (a moved folder, an asset that is no longer shipped)."""
         try:
             return parse_ref(self.base) if self.base else None
-        except ValueError:
+        except (ValueError, OSError):
             name = self.base.removeprefix("embedded:")
             return Ref("embedded" if name != self.base else "local", name)
 
@@ -80,7 +83,18 @@ class RunFiles:
 
     @property
     def training(self) -> list[dict[str, Any]]:
-        return [line for line in self.metrics if "eval_loss" not in line]
+        return [line for line in self.metrics if not _measures(line)]
+
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """The lines about held-out rows while training; their keys begin with eval_."""
+        return [line for line in self.metrics if _measures(line)]
+
+    @property
+    def kept_step(self) -> float | None:
+        """The step whose weights were the best so far (train.best); None where the last ones are taken."""
+        kept = [number(line.get("step")) for line in self.watched if line.get("kept") is True]
+        return next((step for step in reversed(kept) if step is not None), None)
 
     @property
     def inputs(self) -> list[dict[str, Any]]:
@@ -108,20 +122,29 @@ def read_run(run_dir: Path, manifest: dict[str, Any] | None = None) -> RunFiles:
     text = (run_dir / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     found = manifest if manifest is not None else _read_object(run_dir, "manifest.json", notes)
     # The resolved recipe is in the manifest too, already parsed; recipe.yaml is what an unfinished run has.
-    recipe = found.get("recipe") if isinstance(found.get("recipe"), dict) else _parse_recipe(text, notes)
+    recipe = (found["recipe"] if isinstance(found.get("recipe"), dict) else _parse_recipe(text, notes)) or {}
+    rewarded = dig(recipe, "method", "type") == "grpo"
+    measures = dig(recipe, "train", "eval_every") is not None and bool(dig(recipe, "data", "eval"))
+
+    def has(name: str, due: bool) -> bool:
+        return due or (run_dir / name).exists()  # what the recipe asks for and is not there deserves a note
+
     data = _read_object(run_dir, "data/manifest.json", notes)
     return RunFiles(
         path=run_dir,
-        recipe=recipe or {},
+        recipe=recipe,
         recipe_text=text,
         manifest=found,
         data=data or {"counts": found.get("counts") or {}},
         plan=_read_object(run_dir, "plan.json", notes),
         preflight=_read_object(run_dir, "preflight.json", notes),
         evaluation=_read_object(run_dir, "eval.json", notes),
-        metrics=_last_of_each_step(_read_lines(run_dir, "metrics.jsonl", notes)),
+        metrics=_last_of_each_step(_read_steps(run_dir, "metrics.jsonl", notes)),
         samples=_read_lines(run_dir, "samples.jsonl", notes),
         masks=rows_of(_read_json(run_dir, "masks.json", notes)),
+        watched=_read_steps(run_dir, "watched.jsonl", notes) if has("watched.jsonl", measures) else [],
+        rewards=_read_object(run_dir, "rewards.json", notes) if has("rewards.json", rewarded) else {},
+        completions=_read_lines(run_dir, "completions.jsonl", notes) if has("completions.jsonl", rewarded) else [],
         notes=notes,
     )
 
@@ -141,8 +164,9 @@ def _read_json(run_dir: Path, name: str, notes: list[tuple[str, str]]) -> Any:
 
 
 def _read_object(run_dir: Path, name: str, notes: list[tuple[str, str]]) -> dict[str, Any]:
+    before = len(notes)
     value = _read_json(run_dir, name, notes)
-    if value is not None and not isinstance(value, dict):
+    if not isinstance(value, dict) and len(notes) == before:
         notes.append((name, "not a JSON object"))
     return value if isinstance(value, dict) else {}
 
@@ -173,14 +197,26 @@ def _read_lines(run_dir: Path, name: str, notes: list[tuple[str, str]]) -> list[
     return rows
 
 
+def _read_steps(run_dir: Path, name: str, notes: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Lines that each belong to a step."""
+    lines = _read_lines(run_dir, name, notes)
+    kept = [line for line in lines if number(line.get("step")) is not None]
+    if lost := len(lines) - len(kept):
+        notes.append((name, f"{count(lost)} {'line' if lost == 1 else 'lines'} left out: no step"))
+    return kept
+
+
 def _last_of_each_step(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A resumed run repeats the steps since its last checkpoint; the later line is the one that led to the adapter."""
     kept: dict[tuple[float, bool], dict[str, Any]] = {}
     for line in lines:
-        step = number(line.get("step"))
-        if step is not None:
-            kept[(step, "eval_loss" in line)] = line
+        kept[(line["step"], _measures(line))] = line
     return [kept[key] for key in sorted(kept)]
+
+
+def _measures(line: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is about held-out rows; a line that logs a step has its loss."""
+    return "loss" not in line and any(key.startswith("eval_") for key in line)
 
 
 def _parse_recipe(text: str, notes: list[tuple[str, str]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from data_prep.assemble import read_rows
 from data_prep.prepare import prepare
 from finetune import reward_check, stages
 from finetune.layout import find_device
-from finetune.rewards import check as check_terms
+from finetune.policy import check_policy
 from finetune.runs import STATE, say
 from recipes.errors import RecipeError
 from recipes.gate import check
@@ -25,7 +25,7 @@ def sample_rewards(recipe: Recipe, show: int) -> None:
     """
     if recipe.method.type != "grpo":
         raise RecipeError(f"method {recipe.method.type} has no rewards", "method", "rewards belong to method grpo")
-    check_terms(recipe.method.rewards)
+    check_policy(recipe.method)
     check(recipe).require()
     folder = recipe.run_dir
     prepared = prepare(recipe, folder, keep=(folder / STATE).is_file())

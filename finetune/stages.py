@@ -16,11 +16,13 @@ from data_prep.prepare import Prepared, base_state
 from data_prep.tokens import Tokenizer, fetch
 from finetune import evals, reward_check
 from finetune import preflight as checks
+from finetune.arguments import Job
 from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
 from finetune.completions import Completions
 from finetune.guards import Guarding
 from finetune.layout import Device, Layout, model_facts, plan_layout
 from finetune.models import load_start
+from finetune.policy import sample_of
 from finetune.preference import wanted_of
 from finetune.reference import Cache, model_key, reference_logps
 from finetune.results import writing
@@ -94,12 +96,11 @@ def write_layout(recipe: Recipe, device: Device, prepared: Prepared, folder: Pat
 
 def describe(layout: Layout, device: Device) -> str:
     """The layout in one line."""
-    unit = "packs" if layout.packing else "rows"
     weights = "" if layout.quantization == "none" else f" on {layout.quantization}"
     checkpointing = ", gradient checkpointing" if layout.gradient_checkpointing else ""
     cut = f"{layout.micro_batch} x {layout.gradient_accumulation} accumulated x {layout.world_size} devices"
     return (
-        f"layout: {device.name}, {layout.dtype}{weights}; {layout.steps} steps of {layout.rows_per_step} {unit} "
+        f"layout: {device.name}, {layout.dtype}{weights}; {layout.steps} steps of {layout.rows_per_step} {layout.unit} "
         f"(about {layout.tokens_per_step:,} tokens): {cut}{checkpointing}"
     )
 
@@ -226,10 +227,11 @@ def build(
         if is_main():
             selection.begin(model)
         callbacks.append(selection)
-    trainer = BUILDERS[recipe.method.type](recipe, layout, tokenizer, model, rows, folder, callbacks, known)
+    job = Job(recipe, layout, tokenizer, model, rows, folder, callbacks, known)
+    trainer = BUILDERS[recipe.method.type](job)
     if recipe.method.type == "grpo":
         kept.trainer = trainer
-        kept.show = lambda i: tokenizer.backend.decode(rows[i]["input_ids"])
+        kept.show = lambda i: sample_of(rows[i], [], tokenizer).prompt
     metrics.counter = TokenCounter(trainer.model, tokenizer.backend.pad_token_id, layout.world_size)
     if recipe.adapter is not None and recipe.adapter.init in {"pissa", "olora"}:
         _keep_initial_adapter(trainer, folder)

@@ -11,15 +11,19 @@ from recipes.errors import RecipeError
 from recipes.schema import Recipe, Wandb
 
 NAMES = {
-    "loss": "train/loss",
-    "learning_rate": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
     "tokens_per_second": "speed/tokens_per_second",
-    "tokens_seen": "train/tokens_seen",
     "memory_bytes": "memory/peak_bytes",
-    "epoch": "train/epoch",
-    "eval_loss": "eval/loss",
 }
+OWN = {"step", "seconds"}  # wandb has its own
+FOLDERS = {"eval_": "eval/", "reward/": "rewards/"}
+
+
+def name_of(key: str) -> str:
+    """The name of a series of metrics.jsonl in the dashboard: by kind, else under train/."""
+    if key in NAMES:
+        return NAMES[key]
+    start = next((start for start in FOLDERS if key.startswith(start)), "")
+    return FOLDERS.get(start, "train/") + key.removeprefix(start)
 
 
 class Tracker:
@@ -31,7 +35,7 @@ class Tracker:
     def log(self, entry: dict[str, Any]) -> None:
         """Log one line of metrics.jsonl."""
         if self.run is not None:
-            values = {NAMES[k]: v for k, v in entry.items() if k in NAMES and v is not None}
+            values = {name_of(k): v for k, v in entry.items() if k not in OWN and v is not None}
             self.run.log(values, step=entry["step"])
 
     def finish(self, result: dict[str, Any] | None, files: list[Path]) -> None:

@@ -84,11 +84,11 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]
 
     from finetune import evals, results, stages, tracking  # torch comes in here, after all that is cheap to refuse
     from finetune.arguments import check_extra
-    from finetune.rewards import check as check_rewards
+    from finetune.policy import check_policy
 
     check_extra(recipe)
     if recipe.method.type == "grpo":
-        check_rewards(recipe.method.rewards)
+        check_policy(recipe.method)
     stages.use_cores(device)
     tracking.choose_mode(recipe)
     say(*tokenizer.notes)

@@ -4,49 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_prep.tokens import Tokenizer
-from finetune.arguments import common_arguments, make_trainer
-from finetune.layout import Layout
+from finetune.arguments import Job, common_arguments, make_trainer
 from finetune.policy import build_grpo
 from finetune.preference import build_dpo, build_kto, build_orpo, build_reward
 from recipes.schema import Recipe
 
 
-def build_sft(
-    recipe: Recipe,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    model: Any,
-    rows: Sequence[dict[str, Any]],
-    run_dir: Path,
-    callbacks: Sequence[Any],
-    reference: Sequence[float] = (),
-) -> Any:
-    """TRL's SFTTrainer over rows that are already tokens and labels.
-
-    Args:
-        rows: prepared training rows.
-        run_dir: checkpoints go to `run_dir/checkpoints`.
-        reference: none; DPO and KTO have one.
-    """
+def build_sft(job: Job) -> Any:
+    """TRL's SFTTrainer over rows that are already tokens and labels."""
     from trl import SFTConfig, SFTTrainer
 
+    recipe = job.recipe
     flash = recipe.model.attention.startswith("flash")
     config = SFTConfig(
-        **common_arguments(recipe, layout, run_dir),
+        **common_arguments(job),
         max_length=None,
         packing=recipe.train.packing and flash,  # then TRL's own collator flattens for the variable-length kernels
         dataset_kwargs={"skip_prepare_dataset": True},
-        **recipe.train.extra,
     )
-    collator = PackedCollator(tokenizer.backend.pad_token_id) if recipe.train.packing and not flash else None
-    data = token_dataset(rows, recipe)
-    return make_trainer(SFTTrainer, recipe, tokenizer, model, config, data, callbacks, data_collator=collator)
+    collator = PackedCollator(job.tokenizer.backend.pad_token_id) if recipe.train.packing and not flash else None
+    data = token_dataset(job.rows, recipe)
+    return make_trainer(SFTTrainer, job, config, data, data_collator=collator)
 
 
 BUILDERS = {

@@ -154,9 +154,8 @@ def describe(plan: dict[str, Any]) -> list[str]:
             f"tokens   about {data['train_rows'] * data['mean_tokens']:,.0f} (estimated; `retort prepare` counts them)"
         )
     if layout:
-        unit = "packs" if layout["packing"] else "rows"
         lines.append(
-            f"steps    {layout['steps']} of {layout['rows_per_step']} {unit} "
+            f"steps    {layout['steps']} of {layout['rows_per_step']} {layout['unit']} "
             f"(about {layout['tokens_per_step']:,} tokens), {layout['epochs']:.2f} epochs"
         )
         memory = f", about {layout['estimated_bytes'] / 2**30:.1f} GiB" if layout["estimated_bytes"] else ""

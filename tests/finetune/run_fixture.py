@@ -274,3 +274,115 @@ def write_run(folder: Path, without: tuple[str, ...] = ()) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
     return folder
+
+
+GRPO = {
+    "type": "grpo",
+    "rewards": [{"math": {"weight": 1.0, "column": "answer"}}, {"think": {"weight": 0.3}}],
+    "prompts_per_step": 8,
+    "generations": 4,
+    "max_new_tokens": 64,
+    "loss": "dapo",
+    "beta": 0.02,
+}
+DPO = {"type": "dpo", "loss": {"sigmoid": 1.0, "sft": 0.2}, "beta": 0.1, "reference_free": False}
+SPREAD = {"std": 0.5, "low": 0.0, "high": 1.0, "none": 0}
+REWARDS: dict[str, Any] = {
+    "engine": "continuous",
+    "seconds": {"plain": 4.772, "continuous": 3.8},
+    "groups": 8,
+    "generations": 4,
+    "zero_variance_groups": 0.375,
+    "truncated_share": 0.0625,
+    "completion_length": 21.5,
+    "rewards": {
+        "math": SPREAD | {"mean": 0.125, "none": 2, "counts": [[0.0, 26], [1.0, 4]]},
+        "think": SPREAD | {"mean": 0.5, "counts": [[0.0, 16], [1.0, 16]]},
+        "sum": SPREAD | {"mean": 0.271, "high": 1.3, "counts": [[0.0, 14], [0.3, 13], [1.0, 2], [1.3, 3]]},
+    },
+    "samples": [{"prompt": HOSTILE, "completions": [HOSTILE, "<think>\n4\n</think>\n4"], "rewards": [None, 1.3]}],
+}
+
+
+def rewarded_lines(steps: int, names: tuple[str, ...] = ("math", "think")) -> list[dict[str, Any]]:
+    """metrics.jsonl of a GRPO run, measured every quarter."""
+    rng = np.random.default_rng(3)
+    lines: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        noise, gain = rng.normal(0, 0.03, len(names) + 1), 1 - math.exp(-3 * step / steps)
+        lines.append(
+            {
+                "step": step,
+                "seconds": 5.0 * step,
+                "loss": round(float(noise[-1]), 5),
+                "learning_rate": 1e-5,
+                "grad_norm": 0.2,
+                "tokens_per_second": 900.0,
+                "memory_bytes": 3 * 2**30,
+                **{f"reward/{name}": round(0.1 + 0.6 * gain + x, 5) for name, x in zip(names, noise, strict=False)},
+                "reward": round(0.2 + 0.8 * gain, 5),
+                "reward_std": 0.4,
+                "zero_variance_groups": round(0.25 + 0.5 * gain, 5),
+                "entropy": round(1.1 - 0.7 * gain, 5),
+                "kl": round(0.02 * gain, 5),
+                "clipped_share": 0.0,
+                "completion_length": round(21.5 + 10 * gain, 3),
+                "truncated_share": 0.0625,
+            }
+        )
+        if step % (steps // 4) == 0:  # as in a run, the measurement comes before the line of its step
+            lines.insert(-1, {"step": step, "eval_reward": round(0.3 + 0.5 * gain, 5)})
+    return lines
+
+
+def preferred_lines(steps: int) -> list[dict[str, Any]]:
+    """metrics.jsonl of a DPO run, measured every quarter."""
+    lines: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        gain = step / steps
+        line = {"loss": 0.7 - 0.3 * gain, "reward_accuracy": 0.5 + 0.4 * gain, "reward_margin": 2 * gain}
+        line |= {"reward_chosen": 0.5 * gain, "reward_rejected": -1.5 * gain, "entropy": 1.2}
+        line |= {"logp_chosen": -20.0 + 5 * gain, "logp_rejected": -22.0 - 15 * gain}
+        lines.append({"step": step, "seconds": 2.0 * step, "learning_rate": 1e-5, **line})
+        if step % (steps // 4) == 0:
+            accuracies = {"eval_preference_accuracy": 0.6 + 0.1 * gain, "eval_reward_accuracy": 0.5 + 0.25 * gain}
+            lines.insert(-1, {"step": step, **accuracies, "eval_loss": 3.0 - gain})
+    return lines
+
+
+def watched_rows(lines: list[dict[str, Any]], kept: tuple[int, ...]) -> list[dict[str, Any]]:
+    """watched.jsonl, which repeats what was measured and says whose weights were kept."""
+    measured = [line for line in lines if any(key.startswith("eval_") for key in line)]
+    return [{k.removeprefix("eval_"): v for k, v in m.items()} | {"kept": m["step"] in kept} for m in measured]
+
+
+def completion_rows(steps: tuple[int, ...] = (1, 10, 20, 30, 40)) -> list[dict[str, Any]]:
+    texts = [("<think>\n9 + 9 = 14\n</think>\n14", 0.0, 1.0, 0.388), ("The answer is 56.", 1.0, 0.0, 2.3631)]
+    texts += [(HOSTILE, 0.0, 0.0, -0.4585), ("", None, 0.0, 0.0)]
+    return [
+        {"step": step, "prompt": f"56 or 99 at {step}? {HOSTILE}", "completion": text}
+        | {"rewards": {"math": right, "think": thought}, "advantage": advantage}
+        for step in steps
+        for text, right, thought, advantage in texts
+    ]
+
+
+def write_method(folder: Path, method: dict[str, Any], lines: list[dict[str, Any]], **changes: Any) -> Path:
+    """A finished run by another method than SFT, with the files that this method leaves.
+
+    Args:
+        changes: sections of the recipe; files are changed by the caller afterwards.
+    """
+    train = RECIPE["train"] | {"eval_every": 0.25, "best": {"metric": "reward", "patience": None}}
+    recipe = RECIPE | {"method": method, "train": train} | changes
+    write_run(folder)
+    objects = {"manifest.json": MANIFEST | {"recipe": recipe}, "recipe.yaml": recipe}
+    rows = {"metrics.jsonl": lines, "watched.jsonl": watched_rows(lines, kept=())}
+    if method["type"] == "grpo":
+        objects["rewards.json"] = REWARDS
+        rows["completions.jsonl"] = completion_rows()
+    for name, value in objects.items():
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    for name, found in rows.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    return folder

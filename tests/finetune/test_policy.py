@@ -14,7 +14,7 @@ from test_resume import kill_when, last_step
 from training import built, logged, run_losses
 
 from finetune import reward_check
-from finetune.policy import Scored, prompt_order, sample_of
+from finetune.policy import Scored, check_policy, prompt_order, sample_of
 from recipes.errors import RetortError
 from recipes.load import load_recipe
 
@@ -244,16 +244,15 @@ def test_a_sample_is_what_the_rewards_are_promised(make: Callable[..., Path]) ->
         ({"max_new_tokens": 60}, {}, "leaves no room for a prompt"),
         ({"generations": 1}, {}, "greater than or equal to 2"),
         ({"vllm": {}}, {}, "set engine: vllm"),
+        ({"engine": "vllm"}, {}, "the package vllm is not installed"),
         ({"epsilon_high": 0.3, "delta": 1.2}, {}, "delta must lie above"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
     make: Callable[..., Path], method: Any, train: Any, message: str
 ) -> None:
-    from finetune.rewards import check
-
     with pytest.raises(RetortError) as caught:
         path = make(method, **train)
-        check(load_recipe(path).method.rewards)
+        check_policy(load_recipe(path).method)
         built(path)
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -24,7 +24,7 @@ PIECES = (
     "samples.jsonl",
     "masks.json",
 )
-BLOCKS = {"p", "div", "td", "th", "dt", "dd", "h1", "h2", "h3", "li", "span", "title", "summary", "text"}
+BLOCKS = {"p", "div", "td", "th", "dt", "dd", "h1", "h2", "h3", "h4", "li", "span", "title", "summary", "text"}
 DAMAGED = ("", "[1, 2", "7\n", "null\n", '{"metrics": 3, "counts": [], "step": "x"}\n', "\udcff")
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 

@@ -1,10 +1,11 @@
 """The report in a real Chromium, opened from the disk with the network switched off."""
 
+import json
 from pathlib import Path
 
 import pytest
 from browser import Browser
-from run_fixture import write_run
+from run_fixture import DPO, GRPO, preferred_lines, rewarded_lines, watched_rows, write_method, write_run
 
 from finetune.report import write_report
 
@@ -27,6 +28,33 @@ def test_report_in_the_browser(browser: Browser, tmp_path: Path, width: int, mis
         !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1).length"""
     assert browser.value(outside) == 0
     assert browser.value("document.querySelectorAll('section').length") == 11
+
+
+@pytest.mark.parametrize("width", (*WIDTHS, 760))
+@pytest.mark.parametrize("kind", ["grpo", "dpo"])
+def test_curves_of_every_method_fit(browser: Browser, tmp_path: Path, width: int, kind: str) -> None:
+    names = ("math", "think", "a_function_with_a_long_name", *(f"judge_{i}" for i in range(9)))
+    method = GRPO | {"rewards": [{"function": {"path": f"pkg:{name}", "weight": 0.5}} for name in names]}
+    lines = rewarded_lines(40, names) if kind == "grpo" else preferred_lines(40)
+    write_method(tmp_path, method if kind == "grpo" else DPO, lines)
+    watched = "".join(json.dumps(row) + "\n" for row in watched_rows(lines, kept=(20,)))
+    (tmp_path / "watched.jsonl").write_text(watched, encoding="utf-8")
+    browser.open(write_report(tmp_path), width)
+    browser.value("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.complaints == [] and browser.value("document.documentElement.scrollWidth") <= width
+    assert browser.value("document.querySelectorAll('section').length") == (13 if kind == "grpo" else 11)
+    # What stands in a read-out stands within its box, and the box within the plot.
+    spilt = """[...document.querySelectorAll('.hit .box')].filter(b => b.getBoundingClientRect().width).filter(b => {
+        const box = b.getBoundingClientRect(), svg = b.closest('svg').getBoundingClientRect();
+        const texts = [...b.parentElement.querySelectorAll('text')].map(t => t.getBoundingClientRect());
+        return box.left < svg.left || box.right > svg.right || box.bottom > svg.bottom
+            || texts.some(t => t.right > box.right || t.left < box.left || t.bottom > box.bottom + 1)}).length"""
+    assert browser.value("document.querySelectorAll('.hit .box').length") > 40
+    assert browser.value(spilt) == 0
+    # Charts side by side stand on one line.
+    rows = """[...document.querySelectorAll('#training .grid2')].map(grid => [...grid.querySelectorAll('svg')]
+        .slice(0, 2).map(svg => Math.round(svg.getBoundingClientRect().bottom)))"""
+    assert width < 720 or all(len(set(bottoms)) == 1 for bottoms in browser.value(rows))
 
 
 def test_dark_scheme_changes_the_page(browser: Browser, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from conftest import colour_rows, run_train
 from data_prep.assemble import read_rows
 from data_prep.prepare import prepare
 from data_prep.tokens import load_tokenizer
-from finetune.arguments import check_extra
+from finetune.arguments import Job, check_extra
 from finetune.layout import find_device, plan_layout
 from finetune.models import adapter_config, load_base
 from finetune.trainers import PackedCollator, build_sft, token_dataset
@@ -207,7 +207,7 @@ def test_extra_fields_are_checked_and_reach_the_trainer(make_recipe: Callable[..
     rows = read_rows(prepare(recipe, tmp_path / "run").folder, "train")
     device = find_device("cpu")
     layout = plan_layout(recipe, device, None, len(rows), 50.0, 100, 1)
-    trainer = build_sft(recipe, layout, tokenizer, load_base(recipe, tokenizer, device), rows, tmp_path, [])
+    trainer = build_sft(Job(recipe, layout, tokenizer, load_base(recipe, tokenizer, device), rows, tmp_path))
     assert trainer.args.adam_beta2 == 0.95 and trainer.args.neftune_noise_alpha == 5
 
 

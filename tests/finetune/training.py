@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.assemble import read_rows
 from data_prep.prepare import prepare
 from finetune import stages
+from finetune.arguments import Job
 from finetune.layout import Layout, find_device
 from finetune.trainers import BUILDERS
 from recipes.load import load_recipe
@@ -37,8 +38,8 @@ def built(path: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Built:
     rows, held_out = read_rows(prepared.folder, "train"), read_rows(prepared.folder, "eval")
     model = stages.load(recipe, prepared.tokenizer, device)
     known = stages.reference(recipe, layout, prepared.tokenizer, model, rows)
-    build = BUILDERS[recipe.method.type]
-    trainer = build(recipe, layout, prepared.tokenizer, model, rows, folder, callbacks, known)
+    job = Job(recipe, layout, prepared.tokenizer, model, rows, folder, callbacks, known)
+    trainer = BUILDERS[recipe.method.type](job)
     return Built(recipe, layout, rows, held_out, known, trainer, prepared.tokenizer)
 
 
