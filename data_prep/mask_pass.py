@@ -201,7 +201,7 @@ class _Pass:
         if longest > limit:
             if policy == "stop":
                 remedy = "raise train.seq_len, or set data.too_long to drop or truncate"
-                raise DataError(f"has {longest} tokens, more than {limit} (train.seq_len)", row.source, remedy)
+                raise DataError(f"has {longest} tokens, more than {self._limit}", row.source, remedy)
             if policy == "split" and row.text is not None:
                 self.rows[name] += 1
                 yield from self._windows(name, row, lines[0].masked)
@@ -222,6 +222,13 @@ class _Pass:
         self.trained[name] += trained(lines)
         for line in lines:
             yield _columns(line, lost)
+
+    @property
+    def _limit(self) -> str:
+        limit = self.recipe.train.seq_len
+        if self.recipe.method.type != "grpo":
+            return f"train.seq_len {limit}"
+        return f"train.seq_len {limit} without method.max_new_tokens {self.recipe.method.max_new_tokens}"
 
     def _windows(self, name: str, row: Row, masked: Masked) -> Iterator[dict[str, Any]]:
         """A long text in windows of seq_len tokens, one behind the other; together they hold every token once."""

@@ -65,12 +65,13 @@ def near_identical_share(made: list[Clause], threshold: float) -> float:
 
 def test_regenerating_gives_the_committed_bytes() -> None:
     files = build(SEED)
-    assert sorted(files) == ["LICENSE", "README.md", "conversations.jsonl", "heldout.jsonl", "train.jsonl"]
+    pairs = ["preferences.jsonl", "preferences_heldout.jsonl"]
+    assert sorted(files) == ["LICENSE", "README.md", "conversations.jsonl", "heldout.jsonl", *pairs, "train.jsonl"]
     for name, data in files.items():
         assert (TARGET / name).read_bytes() == data, name
     assert build(SEED) == files
     assert build(SEED + 1)["train.jsonl"] != files["train.jsonl"]
-    assert sum(map(len, files.values())) < 7_500_000
+    assert sum(map(len, files.values())) < 9_000_000
 
 
 def test_check_exits_1_when_a_file_differs(
@@ -214,3 +215,19 @@ def test_every_wording_has_a_question_beside_the_type_or_no_value_to_ask_for() -
             assert wording.ask or wording.yesno or {"X", "Y"} & slots, wording.id
             if wording.yesno:
                 assert re.search(r"<[^<>|]*\|[^<>|]*>", wording.text), wording.id
+
+
+def test_a_pair_has_the_right_answer_and_a_wrong_one_of_its_kind() -> None:
+    for split, name in (("train", "preferences"), ("heldout", "preferences_heldout")):
+        made = [json.loads(line) for line in (TARGET / f"{name}.jsonl").read_text().splitlines()]
+        right = {}
+        answers: dict[str, set[str]] = {}
+        for line in (TARGET / f"{split}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            question, answer = (message["content"] for message in row["messages"])
+            right[question] = answer
+            answers.setdefault(row["field"], set()).add(answer)
+        assert len(made) == len({pair["group"] for pair in made})
+        for pair in made:
+            assert right[pair["prompt"]] == pair["chosen"] != pair["rejected"]
+            assert pair["rejected"] in answers[pair["field"]]

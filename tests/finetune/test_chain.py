@@ -120,6 +120,7 @@ def test_the_reference_is_the_earlier_run(chain: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chain", ["nf4"], indirect=True)  # the harder one
 def test_a_chain_keeps_its_lineage_and_measures_against_its_start(chain: Path) -> None:
     path = dpo(chain, name="second")
     done = run_train(path)

@@ -15,6 +15,7 @@ from training import built, logged, run_losses
 
 from finetune import reward_check
 from finetune.policy import Scored, check_policy, prompt_order, sample_of
+from finetune.sample_rewards import sample_rewards
 from recipes.errors import RetortError
 from recipes.load import load_recipe
 
@@ -173,13 +174,15 @@ def test_rewards_are_shown_and_a_flat_reward_is_refused(make: Callable[..., Path
     assert shown.returncode == 0, shown.stderr
     assert "rewards of the base, 4 prompts x 4 completions" in shown.stdout
     assert "groups in which all completions get the same sum" in shown.stdout
-    flat = run_cli("rewards", str(path), "--set", "method.rewards=[regex: {pattern: zzzzz}]", cwd=tmp_path)
+    flat = run_train(path, "--set", "method.rewards=[regex: {pattern: zzzzz}]")
     assert flat.returncode == 1 and "every completion gets the reward 0" in flat.stderr
     assert "the task is beyond this base" in flat.stderr and flat.stderr.count("\n") == 1
-    full = run_cli("rewards", str(path), "--set", "method.rewards=[regex: {pattern: .*}]", cwd=tmp_path)
-    assert full.returncode == 1 and "the prompts are too easy" in full.stderr
-    none = run_train(path, "--set", "method.rewards=[exact]")
-    assert none.returncode == 1 and "no reward applies to any completion" in none.stderr
+    for rewards, message in (
+        ("[regex: {pattern: .*}]", "too easy"),
+        ("[exact]", "no reward applies to any completion"),
+    ):
+        with pytest.raises(RetortError, match=message):
+            sample_rewards(load_recipe(path, [f"method.rewards={rewards}"]), show=0)
 
 
 def test_what_the_check_counts_is_what_the_completions_earn(make: Callable[..., Path]) -> None:
