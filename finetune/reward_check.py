@@ -22,7 +22,7 @@ from finetune.evals import end_tokens, until_end
 from finetune.policy import Scored, cache_share, is_flat, sampling
 from finetune.runs import say
 from finetune.sequences import evaluating, padded
-from recipes.errors import RetortError, out_of_memory
+from recipes.errors import EngineError, RetortError, out_of_memory
 from recipes.lineage import write_atomic
 from recipes.schema import Recipe
 from recipes.schema_method import GRPO
@@ -38,7 +38,8 @@ def check_rewards(
 
     Args:
         rows: prepared prompts.
-        engine: `plain` or `continuous`; `auto` measures both on these prompts and takes the faster one.
+        engine: `plain` or `continuous`; `auto` measures both on these prompts and takes the faster one. With vLLM,
+            which starts with the trainer, plain generation stands in.
 
     Returns:
         `{engine, seconds: {engine: s}, groups, generations, zero_variance_groups, truncated_share, completion_length,
@@ -53,12 +54,14 @@ def check_rewards(
     seconds: dict[str, float] = {}
     completions: list[list[int]] = []
     with _own_randomness(recipe.seed):
-        for name in ("plain", "continuous") if engine == "auto" else ("plain" if engine == "vllm" else engine,):
+        for name in ENGINES if engine == "auto" else (engine if engine in ENGINES else "plain",):
             started = time.monotonic()
-            made = ENGINES[name](model, tokenizer, prompts, method, recipe, seconds.get("plain"))
+            made = ENGINES[name](model, tokenizer, prompts, method)
             if made is not None:
                 seconds[name] = round(time.monotonic() - started, 3)
                 completions = completions or made
+    if not completions:
+        raise EngineError(f"the engine {engine} writes no completions here", "method.engine", "set it to auto or plain")
     scored = Scored(recipe, tokenizer, rows)
     columns = scored.columns(lines, completions)
     sums = [scored.sum_of(row) for row in zip(*columns, strict=True)]
@@ -122,9 +125,7 @@ def _generation(model: Any, tokenizer: Tokenizer, method: GRPO) -> Any:
     )
 
 
-def _plain(
-    model: Any, tokenizer: Tokenizer, prompts: list[list[int]], method: GRPO, recipe: Recipe, _: float | None
-) -> list[list[int]]:
+def _plain(model: Any, tokenizer: Tokenizer, prompts: list[list[int]], method: GRPO) -> list[list[int]]:
     """One batch after the other, each padded to its longest prompt, as many as train in one forward."""
     made: list[list[int]] = []
     config, ends = _generation(model, tokenizer, method), end_tokens(model, tokenizer)
@@ -137,9 +138,7 @@ def _plain(
     return made
 
 
-def _continuous(
-    model: Any, tokenizer: Tokenizer, prompts: list[list[int]], method: GRPO, recipe: Recipe, plain: float | None
-) -> list[list[int]] | None:
+def _continuous(model: Any, tokenizer: Tokenizer, prompts: list[list[int]], method: GRPO) -> list[list[int]] | None:
     """Transformers' continuous batching; None where it does not run on this model or device."""
     from transformers.generation import ContinuousBatchingConfig
 

@@ -31,8 +31,7 @@ def sample_rewards(recipe: Recipe, show: int) -> None:
     prepared = prepare(recipe, folder, keep=(folder / STATE).is_file())
     rows = read_rows(prepared.folder, "train")
     model = stages.load(recipe, prepared.tokenizer, find_device(recipe.train.device))
-    engine = recipe.method.engine if recipe.method.engine in {"auto", "continuous"} else "plain"
-    found = reward_check.check_rewards(recipe, model, prepared.tokenizer, rows, engine)
+    found = reward_check.check_rewards(recipe, model, prepared.tokenizer, rows, recipe.method.engine)
     for sample in found["samples"][:show]:
         say("", f"prompt: {sample['prompt']}")
         for text, reward in zip(sample["completions"], sample["rewards"], strict=True):

@@ -20,6 +20,7 @@ from recipes.lineage import verify, write_manifest
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 def test_the_main_job_learns_what_the_readme_says(tmp_path: Path) -> None:
     """`accelerate launch finetune/train.py recipes/legal.yaml`, word for word, from the root of the checkout."""
