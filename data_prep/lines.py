@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from data_prep.masks import Masked, mask_chats, mask_prompt, mask_text
-from data_prep.rows import Message, Row
+from data_prep.rows import Message, Row, before_answer
 from data_prep.tokens import Tokenizer
 from recipes.errors import DataError
 from recipes.schema import Recipe
@@ -91,18 +91,10 @@ def _text(row: Row, tokenizer: Tokenizer) -> Masked | DataError:
         return error
 
 
-def prompt_of(row: Row) -> tuple[Message, ...]:
-    """The messages before the last answer: all of a prompt row, and of a chat what its last assistant turns answer."""
-    messages = list(row.messages)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return tuple(messages)
-
-
 def _prompt(recipe: Recipe, row: Row, tokenizer: Tokenizer) -> Masked | DataError:
     try:
         return mask_prompt(
-            list(prompt_of(row)),
+            list(before_answer(row.messages)),
             tokenizer.backend,
             tools=list(row.tools) if row.tools else None,
             template_kwargs=recipe.model.template_kwargs,

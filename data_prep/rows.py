@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -109,6 +109,14 @@ class Row:
         if (messages, chosen, rejected, text) == (*parts, self.text):
             return self  # its hash is known
         return replace(self, messages=messages, text=text, chosen=chosen, rejected=rejected)
+
+
+def before_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages before the last answer: all of a prompt, and of a chat what its last assistant turns answer."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return tuple(messages[:end])
 
 
 def _content(message: Message) -> str:

@@ -78,7 +78,7 @@ class TokenCounter:
         return int(self.total) * self.world_size
 
 
-# TRL's names -> ours, which metrics.jsonl, the dashboards and the report share. Names with a * stand for several.
+# TRL's names -> ours, which metrics.jsonl, the dashboards and the report share.
 WATCHED = {
     "rewards/accuracies": "reward_accuracy",
     "rewards/margins": "reward_margin",

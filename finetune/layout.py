@@ -199,7 +199,7 @@ def plan_layout(
         return _plan_groups(recipe, recipe.method, device, facts, rows, longest, world_size)
     width = train.seq_len if train.packing else longest
     unit = "packs" if train.packing else "rows"
-    if recipe.method.type in {"dpo", "orpo", "reward"}:
+    if recipe.method.kinds == ("preference",):
         width, unit = 2 * width, "pairs"  # both answers are read together
     per_row = mean_tokens
     if train.packing:
@@ -231,10 +231,7 @@ def plan_layout(
         gradient_checkpointing=checkpointing,
         dtype=compute_dtype(recipe, device),
         quantization=recipe.model.quantization,
-        estimated_bytes=_fixed_bytes(recipe, device, facts)
-        + micro * width * _per_token(recipe, device, facts, checkpointing)
-        if facts
-        else None,
+        estimated_bytes=_estimate(recipe, device, facts, micro * width, checkpointing),
         unit=unit,
     )
 
@@ -287,10 +284,7 @@ def _plan_groups(
         gradient_checkpointing=checkpointing,
         dtype=compute_dtype(recipe, device),
         quantization=recipe.model.quantization,
-        estimated_bytes=_fixed_bytes(recipe, device, facts)
-        + micro * width * _per_token(recipe, device, facts, checkpointing)
-        if facts
-        else None,
+        estimated_bytes=_estimate(recipe, device, facts, micro * width, checkpointing),
         unit="completions",
         engine=method.engine,
     )
@@ -334,6 +328,13 @@ def _forward_tokens(recipe: Recipe, device: Device, facts: ModelFacts | None, wa
         have = device.memory_bytes / 2**30
         raise MemoryFitError(f"one row needs about {need:.1f} GiB, {device.name} has {have:.1f}", "train", remedy)
     return max(1, min(cap, fits[bool(checkpointing)])), bool(checkpointing)
+
+
+def _estimate(recipe: Recipe, device: Device, facts: ModelFacts | None, tokens: int, checkpointing: bool) -> int | None:
+    """Bytes of training with so many padded tokens in a forward; None where the base is not known."""
+    if facts is None:
+        return None
+    return _fixed_bytes(recipe, device, facts) + tokens * _per_token(recipe, device, facts, checkpointing)
 
 
 def _fixed_bytes(recipe: Recipe, device: Device, facts: ModelFacts) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from data_prep.rows import before_answer
 from data_prep.tokens import Tokenizer
 from finetune import rewards
 from finetune.arguments import Job, common_arguments, make_trainer, steps_of
@@ -145,14 +146,14 @@ class Scored:
         """What the rewards look at, for completions (token ids) of rows."""
         return [sample_of(self.rows[i], ids, self.tokenizer) for i, ids in zip(lines, completions, strict=True)]
 
-    def columns(self, lines: Sequence[int], completions: Sequence[Sequence[int]]) -> list[list[float | None]]:
+    def columns(self, samples: Sequence[rewards.Sample]) -> list[list[float | None]]:
         """The values of every reward, one list per term."""
-        samples = self.samples(lines, completions)
         return [score(samples) for score in self.scores]
 
     def sums(self, lines: Sequence[int], completions: Sequence[Sequence[int]]) -> list[float | None]:
         """The weighted sums of the rewards."""
-        return [self.sum_of(values) for values in zip(*self.columns(lines, completions), strict=True)]
+        columns = self.columns(self.samples(lines, completions))
+        return [self.sum_of(values) for values in zip(*columns, strict=True)]
 
     def sum_of(self, values: Sequence[float | None]) -> float | None:
         """The weighted sum of one completion's rewards; None where no reward applies."""
@@ -226,9 +227,7 @@ def longest_completions(rows: Sequence[Row], method: GRPO, count: int, pad: int)
 def sample_of(row: Row, completion: Sequence[int], tokenizer: Tokenizer) -> rewards.Sample:
     """A completion of a prepared prompt as the rewards see it: without special tokens, but with the thinking's tags."""
     backend = tokenizer.backend
-    messages = tuple(m for m in row["messages"])
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
+    messages = before_answer(row["messages"])
     ends = {backend.eos_token_id, backend.pad_token_id}
     ids = list(completion)
     finished = bool(ids) and (ids[-1] in ends or ids[-1] in end_ids(backend))

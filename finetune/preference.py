@@ -54,6 +54,16 @@ def _weighed(method: DPO, row: Row) -> tuple[Weighed, Weighed]:
     return Weighed(sides[0], shared, method.length_desensitised), Weighed(sides[1], shared, method.length_desensitised)
 
 
+class Given:
+    """For trainers of TRL's whose rows are tokens already, and carry their reference log-probabilities."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+
 def build_dpo(job: Job) -> Any:
     """TRL's DPOTrainer over prepared pairs; without a reference a uniform one."""
     from trl import DPOConfig, DPOTrainer
@@ -61,12 +71,8 @@ def build_dpo(job: Job) -> Any:
     method, rows = job.recipe.method, job.rows
     assert isinstance(method, DPO)
 
-    class Prepared(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset
-
-        def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # the columns are there
+    class Prepared(Given, DPOTrainer):
+        pass
 
     pairs = job.reference or [0.0] * (2 * len(rows))
     data = _dataset(
@@ -160,12 +166,8 @@ def build_kto(job: Job) -> Any:
     method = job.recipe.method
     assert isinstance(method, KTO)
 
-    class Prepared(KTOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset
-
-        def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
-            return dataset
+    class Prepared(Given, KTOTrainer):
+        pass
 
     lines, both = _kto_lines(job.recipe, job.layout, job.rows), method.loss == "kto"
     columns = {

@@ -15,6 +15,7 @@ from data_prep.tokens import Tokenizer
 from finetune.callbacks import peak_memory
 from finetune.layout import Layout
 from finetune.policy import longest_completions
+from finetune.sequences import kept_randomness
 from recipes.errors import MemoryFitError, RecipeError, RetortError, out_of_memory
 from recipes.schema import Recipe
 
@@ -195,11 +196,11 @@ def probe(trainer: Any, layout: Layout, batch: dict[str, Any]) -> dict[str, Any]
     Raises:
         MemoryFitError: out of memory.
     """
-    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     model = trainer.model
     tokens = max(int(v.numel()) for v in batch.values() if torch.is_tensor(v) and v.dim() == 2)
     try:
-        seconds, evaluation = _timed_passes(trainer, model, batch)
+        with kept_randomness():
+            seconds, evaluation = _timed_passes(trainer, model, batch)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -210,9 +211,7 @@ def probe(trainer: Any, layout: Layout, batch: dict[str, Any]) -> dict[str, Any]
         ) from None
     finally:
         model.zero_grad(set_to_none=True)
-        torch.set_rng_state(states[0])
-        if states[1] is not None:
-            torch.cuda.set_rng_state_all(states[1])
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return {
         "train_tokens": tokens,

@@ -136,12 +136,6 @@ class Series:
     values: np.ndarray
 
 
-def line_chart(title: str, steps: Sequence[float], values: Sequence[float | None], **options: Any) -> LineChart | None:
-    """One curve without a name; None, NaN and infinities are gaps. See `lines_chart`."""
-    ys = np.array([np.nan if v is None else v for v in values], dtype=float)
-    return lines_chart(title, [Series("", np.asarray(steps, dtype=float), ys)], **options)
-
-
 @np.errstate(over="ignore", invalid="ignore")  # the farthest values may leave the plot
 def lines_chart(
     title: str,

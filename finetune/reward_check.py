@@ -11,7 +11,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from data_prep.tokens import Tokenizer
 from finetune.evals import end_tokens, until_end
 from finetune.policy import Scored, cache_share, is_flat, sampling
 from finetune.runs import say
-from finetune.sequences import evaluating, padded
+from finetune.sequences import evaluating, kept_randomness, padded
 from recipes.errors import EngineError, RetortError, out_of_memory
 from recipes.lineage import write_atomic
 from recipes.schema import Recipe
@@ -53,7 +52,8 @@ def check_rewards(
     prompts = [list(rows[line]["input_ids"]) for line in lines]
     seconds: dict[str, float] = {}
     completions: list[list[int]] = []
-    with _own_randomness(recipe.seed):
+    with kept_randomness():
+        torch.manual_seed(recipe.seed)
         for name in ENGINES if engine == "auto" else (engine if engine in ENGINES else "plain",):
             started = time.monotonic()
             made = ENGINES[name](model, tokenizer, prompts, method)
@@ -63,12 +63,12 @@ def check_rewards(
     if not completions:
         raise EngineError(f"the engine {engine} writes no completions here", "method.engine", "set it to auto or plain")
     scored = Scored(recipe, tokenizer, rows)
-    columns = scored.columns(lines, completions)
+    samples = scored.samples(lines, completions)
+    columns = scored.columns(samples)
     sums = [scored.sum_of(row) for row in zip(*columns, strict=True)]
     groups = [sums[i : i + method.generations] for i in range(0, len(sums), method.generations)]
     flat = [is_flat(group) for group in groups]
     ends = set(end_tokens(model, tokenizer))
-    texts = [sample.completion for sample in scored.samples(lines, completions)]
     return {
         "engine": min(seconds, key=seconds.__getitem__) if engine == "auto" else engine,
         "seconds": seconds,
@@ -82,8 +82,8 @@ def check_rewards(
         },
         "samples": [
             {
-                "prompt": scored.samples([lines[i]], [[]])[0].prompt,
-                "completions": texts[i : i + SHOWN],
+                "prompt": samples[i].prompt,
+                "completions": [sample.completion for sample in samples[i : i + SHOWN]],
                 "rewards": sums[i : i + SHOWN],
             }
             for i in range(0, min(len(lines), 4 * method.generations), method.generations)
@@ -102,15 +102,6 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
         "none": len(values) - len(known),
         "counts": sorted(Counter(round(v, 2) for v in known).items()),
     }
-
-
-@contextmanager
-def _own_randomness(seed: int) -> Any:
-    """Draws of its own, so that the run's are those it would have had without this check."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def _generation(model: Any, tokenizer: Tokenizer, method: GRPO) -> Any:

@@ -92,13 +92,16 @@ class Selection(TrainerCallback):
         """Evaluations since the last better one."""
         return next((i for i, line in enumerate(reversed(history)) if line["kept"]), len(history))
 
-    def take_best(self, model: Any) -> int | None:
-        """Put the best weights back into the model; returns their step, None where the last ones stay."""
+    def conclude(self, model: Any) -> list[str]:
+        """Put the best weights back into the model; returns what became of the run, in sentences."""
+        notes = []
+        if self.stopped_at is not None:
+            notes.append(f"stopped early at step {self.stopped_at}: no better evaluation since")
         kept = [line["step"] for line in _history(self.path) if line["kept"]]
-        if self.best is None or not kept:
-            return None
-        load_weights(_unwrapped(model), self.folder / "best")
-        return int(kept[-1])
+        if self.best is not None and kept:
+            load_weights(_unwrapped(model), self.folder / "best")
+            notes.append(f"the weights of step {kept[-1]} are kept: the best by {self.best.metric}")
+        return notes
 
 
 def cheap_metrics(recipe: Recipe) -> tuple[str, ...]:

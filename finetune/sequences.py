@@ -28,6 +28,13 @@ def evaluating(model: Any) -> Any:
         model.config.use_cache = cached
 
 
+@contextmanager
+def kept_randomness() -> Any:
+    """What is drawn inside leaves the generators as they were: the run's draws are those it would have had without."""
+    with torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []):
+        yield
+
+
 def batches_of(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Indices in batches of like length, longest first, each at most `most` padded tokens (or one row)."""
     batches: list[list[int]] = []

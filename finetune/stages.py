@@ -284,16 +284,8 @@ def fit(trainer: Any, watch: Watch, found: dict[str, Any], folder: Path) -> None
         watch.progress.close()
     watch.guarding.require(folder)
     if watch.selection is not None:
-        if watch.selection.stopped_at is not None:
-            say(f"stopped early at step {watch.selection.stopped_at}: no better evaluation since")
-        if (step := watch.selection.take_best(trainer.model)) is not None:
-            say(f"the weights of step {step} are kept: the best by {recipe_metric(watch.selection)}")
+        say(*watch.selection.conclude(trainer.model))
     if is_main() and watch.adapter.result is not None:
         write_atomic(
             folder / "preflight.json", json.dumps({**found, "adapter_check": watch.adapter.result}, indent=2) + "\n"
         )
-
-
-def recipe_metric(selection: Selection) -> str:
-    """The metric that decides which weights are the best."""
-    return str(selection.best.metric) if selection.best else ""

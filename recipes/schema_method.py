@@ -1,11 +1,12 @@
 """The method section of a recipe: how the model learns from the rows, with the options of each method.
 
 Names and defaults follow TRL's configs, whose trainers do the work; where a default differs, the description says why.
+`kinds` are the kinds of rows that a method reads.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,13 +35,13 @@ class SFT(Section):
 
     @property
     def kinds(self) -> tuple[RowKind, ...]:
-        """Kinds of rows that the method reads."""
         return ("chat",) if self.on == "assistant" else ("text",)
 
 
 class DPO(Section):
     """Direct preference optimisation on pairs of a chosen and a rejected answer (Rafailov et al. 2023)."""
 
+    kinds: ClassVar[tuple[RowKind, ...]] = ("preference",)
     type: Literal["dpo"] = Field(description="direct preference optimisation")
     loss: Annotated[dict[DPOLoss, Positive], Field(min_length=1)] = Field(
         {"sigmoid": 1.0},
@@ -70,14 +71,11 @@ class DPO(Section):
             raise ValueError("length_desensitised weighs the reference's tokens too: leave reference_free out")
         return self
 
-    @property
-    def kinds(self) -> tuple[RowKind, ...]:
-        return ("preference",)
-
 
 class KTO(Section):
     """Learning from single answers labelled good or bad (Ethayarajh et al. 2024). Pairs count as one of each."""
 
+    kinds: ClassVar[tuple[RowKind, ...]] = ("labelled", "preference")
     type: Literal["kto"] = Field(description="Kahneman-Tversky optimisation")
     loss: Literal["kto", "apo_zero_unpaired"] = Field("kto", description="apo_zero_unpaired needs no KL term")
     beta: Positive = Field(0.1, description="strength of the pull towards the reference")
@@ -86,36 +84,26 @@ class KTO(Section):
         1.0, description="weight of bad ones; (good rows x their weight) / (bad rows x theirs) is best from 1 to 4/3"
     )
 
-    @property
-    def kinds(self) -> tuple[RowKind, ...]:
-        return ("labelled", "preference")
-
 
 class ORPO(Section):
     """Odds-ratio preference optimisation: imitation and preference in one loss, no reference (Hong et al. 2024)."""
 
+    kinds: ClassVar[tuple[RowKind, ...]] = ("preference",)
     type: Literal["orpo"] = Field(description="odds-ratio preference optimisation")
     beta: Positive = Field(0.1, description="weight of the odds ratio against the chosen answers' loss (lambda)")
     imitate: Literal["answer", "all"] = Field(
         "answer", description="tokens of the chosen side that are imitated; all: the prompt too, as TRL does"
     )
 
-    @property
-    def kinds(self) -> tuple[RowKind, ...]:
-        return ("preference",)
-
 
 class RewardModel(Section):
     """A model that scores answers, trained on pairs (Bradley-Terry)."""
 
+    kinds: ClassVar[tuple[RowKind, ...]] = ("preference",)
     type: Literal["reward"] = Field(description="a reward model")
     center: NotNegative | None = Field(
         None, description="weight of the squared sum of both scores, which keeps them around 0 (0.01 is usual)"
     )
-
-    @property
-    def kinds(self) -> tuple[RowKind, ...]:
-        return ("preference",)
 
 
 class VLLM(Section):
@@ -137,6 +125,7 @@ class VLLM(Section):
 class GRPO(Section):
     """Group-relative policy optimisation: the model's own completions, scored by rewards (Shao et al. 2024)."""
 
+    kinds: ClassVar[tuple[RowKind, ...]] = ("prompt", "chat")
     type: Literal["grpo"] = Field(description="group-relative policy optimisation")
     rewards: Annotated[tuple[RewardTerm, ...], Field(min_length=1)] = Field(
         description="reward functions, each a name or a name with options; their weighted sum is the reward"
@@ -176,10 +165,6 @@ class GRPO(Section):
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             raise ValueError("delta must lie above 1 + epsilon_high, or it hides that limit")
         return self
-
-    @property
-    def kinds(self) -> tuple[RowKind, ...]:
-        return ("prompt", "chat")
 
 
 Method = Annotated[SFT | DPO | KTO | ORPO | RewardModel | GRPO, Field(discriminator="type")]

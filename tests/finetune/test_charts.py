@@ -1,10 +1,13 @@
 """The geometry of the report's figures."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
 from finetune.charts import histogram, nice_ticks, tick_labels
-from finetune.report_curves import Series, line_chart, lines_chart, smoothed, svg_path, thinned
+from finetune.report_curves import Series, lines_chart, smoothed, svg_path, thinned
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,12 @@ def test_smoothing_keeps_a_line_and_skips_gaps() -> None:
     spike[7777] = 1.0
     kept = thinned(spike)
     assert 7777 in kept and len(kept) <= 602
+
+
+def line_chart(title: str, steps: Sequence[float], values: Sequence[float | None], **options: Any) -> Any:
+    """One curve without a name."""
+    ys = np.array([np.nan if v is None else v for v in values], dtype=float)
+    return lines_chart(title, [Series("", np.asarray(steps, dtype=float), ys)], **options)
 
 
 def test_one_step_is_a_dot_and_no_step_no_chart() -> None:

@@ -48,6 +48,27 @@ def kill_when(recipe: Path, reached: Callable[[], bool], *options: str) -> None:
         assert process.returncode == -signal.SIGKILL
 
 
+def whole_and_killed(path: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two runs of a recipe that saves every 6 of 24 steps: one left alone, one killed three times and resumed.
+
+    The kills come before the first checkpoint, between two, and while the one of step 18 is written; the adapters must
+    be the same bytes.
+    """
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    done = run_train(path, "--set", f"output={whole}")
+    assert done.returncode == 0, done.stderr
+    kill_when(path, lambda: last_step(run) >= 3)
+    kill_when(path, lambda: last_step(run) >= 10)
+    assert (run / "checkpoints" / "checkpoint-6").is_dir()
+    kill_when(path, lambda: (run / "checkpoints" / "checkpoint-18").exists())
+    (run / "checkpoints" / "checkpoint-18" / "retort.json").unlink(missing_ok=True)
+    done = run_train(path, "--resume")
+    assert done.returncode == 0 and "resuming from checkpoint-12" in done.stdout, done.stderr
+    adapters = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (whole, run)]
+    assert adapters[0] == adapters[1]
+    return whole, run
+
+
 @pytest.mark.slow
 def test_killed_at_three_points_gives_the_same_adapter(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = make_recipe(train=TRAIN, adapter={"r": 4, "dropout": 0.1})

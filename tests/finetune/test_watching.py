@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import colour_rows, run_train, write_rows
 from test_preference import pairs
-from test_resume import kill_when, last_step
+from test_resume import last_step, whole_and_killed
 
 from finetune.evals import choose_rows
 from finetune.guards import FIRST, Guarding
@@ -167,17 +167,7 @@ def test_a_dpo_run_killed_at_three_points_gives_the_same_adapter(
             "best": {"metric": "reward_accuracy"},
         },
     )
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    done = run_train(path, "--set", f"output={whole}")
-    assert done.returncode == 0, done.stderr
-    kill_when(path, lambda: last_step(run) >= 3)
-    kill_when(path, lambda: last_step(run) >= 10)
-    kill_when(path, lambda: (run / "checkpoints" / "checkpoint-18").exists())
-    (run / "checkpoints" / "checkpoint-18" / "retort.json").unlink(missing_ok=True)
-    done = run_train(path, "--resume")
-    assert done.returncode == 0 and "resuming from checkpoint-12" in done.stdout, done.stderr
-    adapters = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (whole, run)]
-    assert adapters[0] == adapters[1]
+    whole, run = whole_and_killed(path, tmp_path)
     assert (whole / "watched.jsonl").read_text() == (run / "watched.jsonl").read_text()
     series = [
         [(e["step"], e.get("loss"), e.get("reward_margin")) for e in map(json.loads, text.splitlines())]

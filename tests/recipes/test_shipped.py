@@ -374,7 +374,7 @@ def _rewarded(path: Path, recipe: Recipe, prepared: Prepared, tokenizer: Tokeniz
         return [[*line, tokenizer.backend.eos_token_id] for line in ids]
 
     good = completions([right[row["messages"][-1]["content"]] for row in rows])
-    for term, values in zip(recipe.method.rewards, scored.columns(lines, good), strict=True):
+    for term, values in zip(recipe.method.rewards, scored.columns(scored.samples(lines, good)), strict=True):
         known = [value for value in values if value is not None]
         assert known and (len(known) == len(rows) or term.name == "label"), f"{term.name}: {values}"
         if term.name == "repetition":
