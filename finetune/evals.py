@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from data_prep.completions import completion_text
 from data_prep.progress import progress
 from data_prep.tokens import Tokenizer
 from finetune.reward_sample import answer_of
 from finetune.sequences import (
     batches_of,
-    completion_text,
     evaluating,
     log_probabilities,
     padded,

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from data_prep.completions import completion_text, end_ids
 from data_prep.rows import before_answer
 from data_prep.tokens import Tokenizer
 from finetune import rewards
 from finetune.arguments import Job, common_arguments, make_trainer, steps_of
 from finetune.layout import Layout
-from finetune.sequences import completion_text, end_ids
 from recipes.errors import EngineError
 from recipes.schema import Recipe
 from recipes.schema_method import GRPO, VLLM

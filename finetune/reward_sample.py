@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.completions import split_thinking
 from recipes.errors import DataError
 
 
@@ -46,8 +47,7 @@ Score = Callable[[Sequence[Sample]], list[float | None]]
 
 def answer_of(completion: str) -> str:
     """What follows the thinking; nothing where the thinking does not end."""
-    rest = completion.rpartition("</think>")[2]
-    return "" if "<think>" in rest else rest.strip()
+    return split_thinking(completion)[1]
 
 
 def lookup(samples: Sequence[Sample], column: str) -> list[Any]:

@@ -1,8 +1,8 @@
 """The recipe: what a run is asked to do, as frozen pydantic models. Unknown keys are errors.
 
-This module, with the sections in schema_data.py, schema_method.py and schema_rewards.py, is the only list of recipe
-fields; the reference page and the JSON Schema are generated from it. It imports neither torch nor transformers, so that
-a recipe is checked in milliseconds.
+This module, with the sections in the schema_*.py files, is the only list of recipe fields; the reference page and the
+JSON Schema are generated from it. It imports neither torch nor transformers, so that a recipe is checked in
+milliseconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from recipes.refs import Ref, parse_ref
 from recipes.schema_data import Data
-from recipes.schema_method import METHODS, SFT, Method
+from recipes.schema_method import METHODS, MODES, SFT, Method
+from recipes.schema_teacher import Teacher
 from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Section, Text
 
 
@@ -63,13 +64,6 @@ class Attest(Section):
         if self.ends < self.when:
             raise ValueError("expires lies before when")
         return self
-
-
-class Teacher(Section):
-    """The model whose outputs train the student."""
-
-    model: Text = Field(description="org/name@revision, a local folder, embedded:NAME, or a service: openai:gpt-4o")
-    license: Text | None = Field(None, description="its licence, where no file states it")
 
 
 class Model(Section):
@@ -250,6 +244,10 @@ DEFAULT_METRICS: dict[str, tuple[Metric, ...]] = {
     "orpo": ("preference_accuracy", "loss", "perplexity"),
     "reward": ("preference_accuracy",),
     "grpo": ("reward", "exact_match"),
+    "sequence": ("loss", "perplexity", "exact_match", "token_f1"),
+    "logits": ("loss", "perplexity", "exact_match", "token_f1"),
+    "on_policy": ("exact_match", "token_f1"),
+    "preference": ("preference_accuracy", "reward_accuracy", "loss"),
 }
 POSSIBLE_METRICS: dict[str, set[str]] = {
     "sft": set(get_args(Metric)) - {"preference_accuracy", "reward_accuracy", "reward"},
@@ -258,7 +256,10 @@ POSSIBLE_METRICS: dict[str, set[str]] = {
     "orpo": set(get_args(Metric)) - {"reward"},
     "reward": {"preference_accuracy"},
     "grpo": {"reward", "exact_match", "label_accuracy", "macro_f1", "token_f1"},
+    "on_policy": {"exact_match", "label_accuracy", "macro_f1", "token_f1"},
 }
+POSSIBLE_METRICS |= {"sequence": POSSIBLE_METRICS["sft"], "logits": POSSIBLE_METRICS["sft"]}
+POSSIBLE_METRICS |= {"preference": POSSIBLE_METRICS["dpo"]}
 
 
 class Eval(Section):
@@ -318,7 +319,7 @@ class Recipe(Section):
     model: Model
     adapter: Adapter | None = Field(default_factory=Adapter, description="null: full fine-tuning")
     data: Data
-    teacher: Teacher | None = Field(None, description="judged by the gate; no stage generates with it yet")
+    teacher: Teacher | None = Field(None, description="a larger model that writes, or scores, what the student learns")
     method: Method = Field(default_factory=SFT)
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)
@@ -331,6 +332,8 @@ class Recipe(Section):
             return value
         method, ask = value.get("method", "sft"), value.get("eval") or {}
         kind = method.get("type", "sft") if isinstance(method, dict) else method
+        if kind == "distill":
+            kind = method.get("mode", "sequence") if isinstance(method, dict) else "sequence"
         if kind not in DEFAULT_METRICS or not isinstance(ask, dict) or ask.get("metrics") is not None:
             return value
         return {**value, "eval": {**ask, "metrics": DEFAULT_METRICS[kind]}}
@@ -346,16 +349,22 @@ class Recipe(Section):
             close = difflib.get_close_matches(str(made["type"]), METHODS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"methods are {', '.join(METHODS)}"
             raise ValueError(f"there is no method '{made['type']}'; {hint}")
+        if made["type"] == "distill":
+            made = {"mode": "sequence", **made}
+            if made["mode"] not in MODES:
+                close = difflib.get_close_matches(str(made["mode"]), MODES, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"modes are {', '.join(MODES)}"
+                raise ValueError(f"there is no mode '{made['mode']}' of distillation; {hint}")
         return made
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        kind = self.method.type
+        kind = self.method.key
         wanted = [*self.eval.metrics, *([self.train.best.metric] if self.train.best else [])]
         if wrong := [m for m in wanted if m not in POSSIBLE_METRICS[kind]]:
             known = ", ".join(m for m in get_args(Metric) if m in POSSIBLE_METRICS[kind])
             raise ValueError(f"the metric {wrong[0]} does not exist for method {kind}; there are {known}")
-        if kind != "sft" and self.train.packing:
+        if kind not in {"sft", "sequence"} and self.train.packing:
             raise ValueError(f"packing is for method sft; {kind} compares whole answers: set train.packing to false")
         if self.longest_row < 8:
             raise ValueError("method.max_new_tokens leaves no room for a prompt: raise train.seq_len")
@@ -363,6 +372,7 @@ class Recipe(Section):
             raise ValueError("train.best needs held-out rows: give data.eval")
         if self.data.requests and self.teacher is None:
             raise ValueError("data.requests are made for a teacher: name one (teacher: {model: ...})")
+        self._taught()
         if self.adapter is None and self.model.quantization != "none":
             raise ValueError(
                 "a quantised base cannot be trained whole: set model.quantization to none, or give an adapter"
@@ -373,10 +383,33 @@ class Recipe(Section):
             )
         return self
 
+    def _taught(self) -> None:
+        """A teacher belongs to distillation, and what a mode needs of it must be asked for."""
+        method, teacher = self.method, self.teacher
+        if method.type != "distill":
+            if teacher is not None:
+                raise ValueError(f"a teacher is for method distill, not {method.type}: set method: distill")
+            return
+        if teacher is None:
+            raise ValueError("method distill needs a teacher (teacher: {model: org/name@revision})")
+        if method.mode == "logits" and teacher.logits is None:
+            raise ValueError("mode logits needs teacher.logits: what is kept of its distributions (teacher.logits: {})")
+        if method.mode == "logits" and method.answers == "given" and self.data.requests:
+            raise ValueError("answers: given walks along the rows' answers, and requests have none")
+        if method.mode == "preference" and method.pairs == "judged" and not teacher.verify:
+            raise ValueError("pairs: judged needs teacher.verify: the functions that judge")
+        if method.mode == "on_policy" and teacher.engine.name not in {"transformers"}:
+            raise ValueError("mode on_policy runs the teacher beside the student: teacher.engine must be transformers")
+
+    @property
+    def prompts_only(self) -> bool:
+        """Whether rows are prompts whose answers are yet to be written."""
+        return "prompt" in self.method.kinds
+
     @property
     def longest_row(self) -> int:
-        """Tokens that a row may have: under a reward it is a prompt, and the completion needs its room."""
-        return self.train.seq_len - (self.method.max_new_tokens if self.method.type == "grpo" else 0)
+        """Tokens that a row may have: where the model completes it while training, the completion needs its room."""
+        return self.train.seq_len - getattr(self.method, "max_new_tokens", 0)
 
     @property
     def run_dir(self) -> Path:

@@ -24,7 +24,16 @@ DPOLoss = Literal[
 GRPOLoss = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo", "vespo"]
 
 
-class SFT(Section):
+class _Method(Section):
+    """What every method has."""
+
+    @property
+    def key(self) -> str:
+        """Its name in tables of methods: the type, of a distillation its mode."""
+        return str(getattr(self, "mode", None) or self.type)  # type: ignore[attr-defined]
+
+
+class SFT(_Method):
     """Supervised fine-tuning on chats or plain texts."""
 
     type: Literal["sft"] = Field("sft", description="supervised fine-tuning")
@@ -38,7 +47,7 @@ class SFT(Section):
         return ("chat",) if self.on == "assistant" else ("text",)
 
 
-class DPO(Section):
+class DPO(_Method):
     """Direct preference optimisation on pairs of a chosen and a rejected answer (Rafailov et al. 2023)."""
 
     kinds: ClassVar[tuple[RowKind, ...]] = ("preference",)
@@ -72,7 +81,7 @@ class DPO(Section):
         return self
 
 
-class KTO(Section):
+class KTO(_Method):
     """Learning from single answers labelled good or bad (Ethayarajh et al. 2024). Pairs count as one of each."""
 
     kinds: ClassVar[tuple[RowKind, ...]] = ("labelled", "preference")
@@ -85,7 +94,7 @@ class KTO(Section):
     )
 
 
-class ORPO(Section):
+class ORPO(_Method):
     """Odds-ratio preference optimisation: imitation and preference in one loss, no reference (Hong et al. 2024)."""
 
     kinds: ClassVar[tuple[RowKind, ...]] = ("preference",)
@@ -96,7 +105,7 @@ class ORPO(Section):
     )
 
 
-class RewardModel(Section):
+class RewardModel(_Method):
     """A model that scores answers, trained on pairs (Bradley-Terry)."""
 
     kinds: ClassVar[tuple[RowKind, ...]] = ("preference",)
@@ -122,7 +131,7 @@ class VLLM(Section):
         return self
 
 
-class GRPO(Section):
+class GRPO(_Method):
     """Group-relative policy optimisation: the model's own completions, scored by rewards (Shao et al. 2024)."""
 
     kinds: ClassVar[tuple[RowKind, ...]] = ("prompt", "chat")
@@ -167,5 +176,65 @@ class GRPO(Section):
         return self
 
 
-Method = Annotated[SFT | DPO | KTO | ORPO | RewardModel | GRPO, Field(discriminator="type")]
-METHODS = ("sft", "dpo", "kto", "orpo", "reward", "grpo")
+class _Distill(_Method):
+    """Learning from a teacher; the modes are the classes below."""
+
+    kinds: ClassVar[tuple[RowKind, ...]] = ("prompt", "chat")
+    type: Literal["distill"] = Field(description="distillation: the student learns from the recipe's teacher")
+
+
+class DistillSequence(_Distill):
+    """Supervised fine-tuning on the teacher's answers (sequence-level distillation, Kim and Rush 2016)."""
+
+    mode: Literal["sequence"] = Field("sequence", description="on the answers that the teacher wrote")
+
+
+class DistillLogits(_Distill):
+    """The teacher's distributions, kept beforehand, as soft targets (Hinton et al. 2015)."""
+
+    mode: Literal["logits"] = Field(description="on the teacher's distributions, from the cache in logits/")
+    answers: Literal["teacher", "given"] = Field(
+        "teacher", description="whose tokens are walked along: the teacher writes them, or the rows have them"
+    )
+    cross_entropy: Annotated[Float, Field(ge=0, le=1)] = Field(
+        0.1, description="share of the plain loss on the tokens; the rest is the divergence from the teacher"
+    )
+
+    @property
+    def kinds(self) -> tuple[RowKind, ...]:  # type: ignore[override]
+        return ("chat",) if self.answers == "given" else ("prompt", "chat")
+
+
+class DistillOnPolicy(_Distill):
+    """The student's own answers, marked token by token by the teacher (Agarwal et al. 2024, "GKD")."""
+
+    mode: Literal["on_policy"] = Field(description="on the student's own answers, under the teacher at work beside it")
+    beta: Annotated[Float, Field(ge=0, le=1)] = Field(
+        1.0, description="the divergence: 1 reverse KL, 0 forward KL, between them generalised Jensen-Shannon"
+    )
+    prompts_per_step: Count = Field(16, description="prompts in one optimiser step, over all devices")
+    max_new_tokens: Count = Field(256, description="longest completion")
+    temperature: Positive = Field(1.0, description="of the sampling, and of both softmaxes in the loss")
+    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="nucleus sampling; 1: off")
+    top_k: Annotated[Int, Field(ge=0)] = Field(0, description="sampling among the k likeliest tokens; 0: off")
+    vllm: VLLM | None = Field(None, description="the student's completions by vLLM")
+    cross_tokenizer: Bool = Field(
+        False, description="experimental: teacher and student with different tokenizers (TRL's GOLD)"
+    )
+
+
+class DistillPreference(_Distill):
+    """Direct preference optimisation of the teacher's answers over the student's."""
+
+    mode: Literal["preference"] = Field(description="on pairs of an answer of the teacher and one of the student")
+    pairs: Literal["teacher", "judged"] = Field(
+        "teacher", description="teacher: its answer is the chosen one; judged: teacher.verify decides among all answers"
+    )
+    student_samples: Count = Field(1, description="answers of the student to every prompt")
+    dpo: DPO = Field(default_factory=lambda: DPO(type="dpo"), description="how the pairs are learnt; as method dpo")
+
+
+Distill = Annotated[DistillSequence | DistillLogits | DistillOnPolicy | DistillPreference, Field(discriminator="mode")]
+Method = Annotated[SFT | DPO | KTO | ORPO | RewardModel | GRPO | Distill, Field(discriminator="type")]
+METHODS = ("sft", "dpo", "kto", "orpo", "reward", "grpo", "distill")
+MODES = ("sequence", "logits", "on_policy", "preference")
