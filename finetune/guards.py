@@ -78,7 +78,18 @@ class Guarding(TrainerCallback):
         self.recent: dict[str, deque[str | None]] = {name: deque(maxlen=guards.window) for name in self.limits}
         self.found: str | None = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that goes on has the same start, and has seen the same lines, as if it had never stopped."""
+        for logs in state.log_history:
+            self._see(logs)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self._see(logs)
+        if self.found is not None:
+            control.should_training_stop = True
+            control.should_save = True
+
+    def _see(self, logs: dict[str, Any] | None) -> None:
         if not logs or "loss" not in logs:
             return
         line = watched(logs)
@@ -91,8 +102,6 @@ class Guarding(TrainerCallback):
             seen.append(GUARDS[name](limit, start, line))
             if len(seen) == seen.maxlen and all(seen) and self.found is None:
                 self.found = seen[-1]
-                control.should_training_stop = True
-                control.should_save = True
 
     def require(self, folder: Path) -> None:
         """Raise what was found.

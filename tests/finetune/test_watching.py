@@ -13,7 +13,7 @@ from conftest import colour_rows, run_train, write_rows
 from test_preference import pairs
 from test_resume import last_step, whole_and_killed
 
-from finetune.evals import choose_rows
+from data_prep.held_out import choose_rows
 from finetune.guards import FIRST, Guarding
 from recipes.errors import DataError, RetortError
 from recipes.load import load_recipe
@@ -54,6 +54,17 @@ def test_a_guard_stops_what_lasts_and_lets_a_spike_pass(bad: dict[str, float], w
         caught.require(Path("run"))
     off, control = watch([*start, *[{**start[0], **bad}] * 3], kl=None, length=None, entropy=None, chosen_falls=None)
     assert off.found is None and not control.should_training_stop
+
+
+def test_a_run_that_goes_on_is_compared_with_the_start_of_the_whole_run() -> None:
+    start, bad = [STEADY] * FIRST, {**STEADY, "entropy": 0.019}
+    resumed = Guarding(Guards(window=3))
+    control = SimpleNamespace(should_training_stop=False, should_save=False)
+    # The checkpoint's history holds the start and two of the three lines that the guard waits for.
+    resumed.on_train_begin(None, SimpleNamespace(log_history=[*start, bad, bad]), control)
+    assert resumed.found is None
+    resumed.on_log(None, None, control, logs=bad)
+    assert resumed.found is not None and control.should_training_stop
 
 
 def test_long_completions_that_end_by_themselves_are_no_explosion() -> None:
