@@ -61,7 +61,7 @@ def lines_of(
         same = list(group)
         if kind == "text":
             made += [_one(row, _text(row, tokenizer)) for row in same]
-        elif recipe.method.type == "grpo":
+        elif recipe.prompts_only:
             made += [_one(row, _prompt(recipe, row, tokenizer)) for row in same]
         elif kind == "preference" and recipe.method.type == "kto" and not held_out:
             made += _as_labelled(recipe, same, tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +27,7 @@ from recipes.errors import DataError
 from recipes.schema import Recipe
 
 PARTS = {TRAIN: "train", EVAL: "eval"}
+HELD_OUT = "_held_out"  # column of requests that were made of a held-out passage
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ class _Pass:
         self.rows[name] += 1
         for request in requests_of(row, self.recipe.data.requests):
             self.requests += 1
+            if name == "eval":
+                request = replace(request, extra={**request.extra, HELD_OUT: True})
             yield {**encode(request), "input_ids": [], "loss_mask": [], "cut_tokens": 0}
 
     def _lines(self, name: str, rows: list[Row], drops: IO[str]) -> Iterator[dict[str, Any]]:
@@ -206,7 +209,7 @@ class _Pass:
                 self.rows[name] += 1
                 yield from self._windows(name, row, lines[0].masked)
                 return
-            if policy != "truncate" or self.recipe.method.type == "grpo":  # a prompt without its end is another one
+            if policy != "truncate" or self.recipe.prompts_only:  # a prompt without its end is another one
                 self._drop(drops, row, Drop("too_long", f"{longest} tokens"))
                 return
             whole = sum(len(masked.input_ids) for line in lines for masked in line.sequences)
@@ -226,9 +229,8 @@ class _Pass:
     @property
     def _limit(self) -> str:
         limit = self.recipe.train.seq_len
-        if self.recipe.method.type != "grpo":
-            return f"train.seq_len {limit}"
-        return f"train.seq_len {limit} without method.max_new_tokens {self.recipe.method.max_new_tokens}"
+        completion = limit - self.recipe.longest_row
+        return f"train.seq_len {limit}" + (f" without method.max_new_tokens {completion}" if completion else "")
 
     def _windows(self, name: str, row: Row, masked: Masked) -> Iterator[dict[str, Any]]:
         """A long text in windows of seq_len tokens, one behind the other; together they hold every token once."""

@@ -164,11 +164,12 @@ def data_dir(run_dir: Path) -> Path:
     return run_dir / "data"
 
 
-def prepare(recipe: Recipe, run_dir: Path, keep: bool = False) -> Prepared:
+def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | None = None) -> Prepared:
     """Prepare the rows of a recipe in `run_dir/data`, or reuse them when nothing that decides them has changed.
 
     Args:
         keep: refuse to replace data that is there and differs, because a run was made from it.
+        folder: where they go instead, such as the prompts of a teacher.
 
     Raises:
         DataError: a source or row that cannot be read or masked, nothing left to train on, an edited data file, a
@@ -176,7 +177,7 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False) -> Prepared:
         RecipeError: the tokenizer cannot be loaded.
         GateError: an attestation was given for files that have changed since.
     """
-    folder = data_dir(run_dir)
+    folder = folder or data_dir(run_dir)
     work = begin(recipe, run_dir)
     inputs = _inputs(recipe, work.scans)
     manifest = read_manifest(folder)

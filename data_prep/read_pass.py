@@ -359,7 +359,7 @@ def _fits_method(recipe: Recipe, row: Row) -> None:
 SHAPES: Mapping[str, str] = {
     "preference": "pairs (prompt, chosen, rejected)",
     "labelled": "labelled answers (prompt, completion, label)",
-    "prompt": "prompts (prompt, and columns for the rewards)",
+    "prompt": "prompts (prompt, and other columns)",
     "chat": "chats that end with the wanted answer",
 }
 HINTS: Mapping[str, str] = {

@@ -45,16 +45,23 @@ def requests_of(row: Row, tasks: Sequence[RequestTask]) -> Iterator[Row]:
     """
     assert row.text is not None, "requests are made of passages"
     for task in tasks:
-        prompt = _filled(task, {**row.extra, "passage": row.text, "count": task.count}, row.source)
+        wording = task.instruction or INSTRUCTIONS[task.task]
+        values = {**row.extra, "passage": row.text, "count": task.count}
+        prompt = fill(wording, values, row.source, f"the task {task.task}")
         extra = {**row.extra, "task": task.task, "passage": row.text, "passage_id": row.id}
         messages = ({"role": "system", "content": task.system or SYSTEM}, {"role": "user", "content": prompt})
         yield Row(row.source, messages, extra=extra, grouped=row.group)
 
 
-def _filled(task: RequestTask, values: Mapping[str, Any], place: str) -> str:
-    """The wording of a task with its {places} filled. Only names are looked up; nothing is evaluated."""
-    wording = task.instruction or INSTRUCTIONS[task.task]
+def fill(wording: str, values: Mapping[str, Any], place: str, reader: str) -> str:
+    """A wording with its {places} filled, all in one pass. Only names are looked up; nothing is evaluated.
+
+    Args:
+        reader: what reads the columns, for the message.
+
+    Raises:
+        DataError: a value is missing or empty.
+    """
     if missing := sorted({name for name in _PLACE.findall(wording) if values.get(name) in (None, "")}):
-        remedy = f"the task {task.task} reads it: give the source such a column"
-        raise DataError(f"has no column '{missing[0]}'", place, remedy)
+        raise DataError(f"has no column '{missing[0]}'", place, f"{reader} reads it: give the source such a column")
     return _PLACE.sub(lambda found: str(values[found[1]]), wording)

@@ -79,14 +79,12 @@ class Completion:
 
 
 class Teacher(Protocol):
-    """What an engine does.
+    """What an engine does."""
 
-    Attributes:
-        identity: what tells this teacher from another (reference, revision or hash of the weights, served name). Part
-            of every request's key.
-    """
-
-    identity: dict[str, Any]
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this teacher from another (reference, revision or hash of the weights)."""
+        ...
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answers as they finish, in any order, one for each request.
@@ -108,6 +106,19 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Give back what the engine holds."""
         ...
+
+
+def identity_of(recipe: Recipe) -> dict[str, Any]:
+    """What tells the recipe's teacher from another, without starting it."""
+    assert recipe.teacher is not None
+    name = recipe.teacher.engine.name
+    if name == "replay":
+        from distill.engine_replay import ReplayTeacher
+
+        return ReplayTeacher(recipe).identity
+    from distill.identity import model_identity
+
+    return model_identity(recipe)
 
 
 def open_teacher(recipe: Recipe, tokenizer: Any | None) -> Teacher:

@@ -132,7 +132,26 @@ METHOD_OWNED = {
         "use_transformers_continuous_batching": "method.engine",
         "log_completions": "method.show_every",
     },
+    "on_policy": {
+        "beta": "method.beta",
+        "max_completion_length": "method.max_new_tokens",
+        "temperature": "method.temperature",
+        "top_p": "method.top_p",
+        "top_k": "method.top_k",
+        "teacher_model_name_or_path": "teacher.model",
+        "teacher_model_revision": "teacher.model",
+        "teacher_model_init_kwargs": "teacher.engine",
+        "shuffle_dataset": "seed",
+        "chat_template_kwargs": "model.template_kwargs",
+        "use_vllm": "method.vllm",
+        "vllm_mode": "method.vllm.mode",
+        "vllm_server_base_url": "method.vllm.url",
+        "vllm_gpu_memory_utilization": "method.vllm.memory",
+        "vllm_enable_sleep_mode": "method.vllm.sleep",
+        "vllm_tensor_parallel_size": "method.vllm.tensor_parallel",
+    },
 }
+METHOD_OWNED["preference"] = METHOD_OWNED["dpo"]
 CONFIGS = {
     "sft": "trl:SFTConfig",
     "dpo": "trl:DPOConfig",
@@ -140,6 +159,10 @@ CONFIGS = {
     "orpo": "trl.experimental.orpo:ORPOConfig",
     "reward": "trl:RewardConfig",
     "grpo": "trl:GRPOConfig",
+    "sequence": "trl:SFTConfig",
+    "logits": "trl:SFTConfig",
+    "on_policy": "trl:DistillationConfig",
+    "preference": "trl:DPOConfig",
 }
 
 
@@ -157,8 +180,8 @@ def check_extra(recipe: Recipe) -> None:
     """
     if not recipe.train.extra:
         return
-    config = config_class(recipe.method.type)
-    owned = OWNED | METHOD_OWNED.get(recipe.method.type, {})
+    config = config_class(recipe.method.key)
+    owned = OWNED | METHOD_OWNED.get(recipe.method.key, {})
     fields = {f.name: f for f in dataclasses.fields(config) if f.init}
     for name, value in recipe.train.extra.items():
         place = f"train.extra.{name}"

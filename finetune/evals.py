@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,42 +23,14 @@ from finetune.sequences import (
     tokens_per_forward,
 )
 from finetune.stats import Answer, compare, is_exact
-from recipes.errors import DataError
 from recipes.lineage import sha256_json, write_atomic
 from recipes.schema import Recipe
+from recipes.student import TEACHER
 
 GENERATED = ("exact_match", "token_f1", "label_accuracy", "macro_f1", "reward")
 LOSSES = ("loss", "perplexity")
 PREFERENCES = ("preference_accuracy", "reward_accuracy")
 SHOWN = 40  # rows kept as samples
-
-
-def choose_rows(rows: Sequence[dict[str, Any]], recipe: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The held-out rows to measure base and tuned model on, and those to watch and select by while training.
-
-    Whole groups are taken, in an order that the seed decides, until `eval.samples` is reached; what is left is for
-    watching. Where weights are selected (train.best) the two never overlap, or the selection would flatter the result:
-    a quarter of the rows is set aside for it when too few are left. Else the measured rows are watched.
-    """
-    rows = [row for row in rows if row["label"] is not False]  # nothing is measured on an answer known to be bad
-    wanted = recipe.eval.samples or len(rows)
-    if recipe.train.best is not None:
-        wanted = min(wanted, max(1, len(rows) - max(1, len(rows) // 4)))
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row["_group"], []).append(i)
-    order = sorted(groups, key=lambda g: hashlib.sha256(f"{recipe.seed}:{g}".encode()).digest())
-    chosen: list[int] = []
-    left: list[int] = []
-    for group in order:
-        (chosen if len(chosen) + len(groups[group]) <= wanted else left).extend(groups[group])
-    if not chosen and order:
-        chosen, left = groups[order[0]], [i for group in order[1:] for i in groups[group]]
-    measured = [rows[i] for i in sorted(chosen)]
-    watched = [rows[i] for i in sorted(left[: recipe.eval.samples])]
-    if not watched and recipe.train.best is not None:
-        raise DataError("has one group of held-out rows, so none are left to select by", "data.eval", "hold out more")
-    return measured, watched or measured
 
 
 def measure(
@@ -85,7 +56,7 @@ def measure(
     rejected = [(row["rejected_ids"], row["rejected_mask"]) for row in rows] if pairs else []
     losses = asked & set(LOSSES) or pairs
     sums = [(0.0, 0)] * len(rows)
-    if losses and recipe.method.type != "grpo":
+    if losses and not recipe.prompts_only:
         sums = [(-float(t.sum()), len(t)) for t in log_probabilities(model, tokenizer, chosen, f"loss ({what})")]
     others: list[tuple[float | None, int]] = [(None, 0)] * len(rows)
     if pairs and asked & set(PREFERENCES):
@@ -236,15 +207,32 @@ def measurement_key(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> str:
     return sha256_json([asked, [(r["_id"], r["input_ids"], r["loss_mask"]) for r in rows]])
 
 
+def teacher_answers(run_dir: Path, rows: Sequence[dict[str, Any]], base: Sequence[Answer]) -> list[Answer] | None:
+    """The teacher's answers to measured rows, as the generate stage left them; None where some are missing."""
+    path = run_dir / TEACHER / "answers.jsonl"
+    if not path.is_file():
+        return None
+    lines = map(json.loads, filter(str.strip, path.read_text(encoding="utf-8").split("\n")))
+    known = {line["_prompt"]: line["answer"] for line in lines}
+    prompts = [(row["extra"] or {}).get("_prompt", row["_id"]) for row in rows]
+    if any(prompt not in known for prompt in prompts):
+        return None
+    return [
+        replace(answer, nll=0.0, tokens=0, text=known[prompt], rejected_nll=None, reward=None)
+        for prompt, answer in zip(prompts, base, strict=True)
+    ]
+
+
 def write_comparison(
     run_dir: Path, base: list[Answer], tuned: list[Answer], rows: list[dict[str, Any]], recipe: Recipe
 ) -> dict[str, Any]:
     """Write eval.json and samples.jsonl; returns the content of eval.json."""
     ask = recipe.eval
-    result = compare(base, tuned, ask.metrics, ask.labels or (), ask.confidence, ask.resamples, recipe.seed)
+    teacher = teacher_answers(run_dir, rows, base)
+    result = compare(base, tuned, ask.metrics, ask.labels or (), ask.confidence, ask.resamples, recipe.seed, teacher)
     write_atomic(run_dir / "eval.json", json.dumps(result, indent=2) + "\n")
     samples = []
-    for row, b, t in list(zip(rows, base, tuned, strict=True))[:SHOWN]:
+    for i, (row, b, t) in enumerate(list(zip(rows, base, tuned, strict=True))[:SHOWN]):
         turns = "\n\n".join(f"{m['role']}: {m['content']}" for m in asked_of(row))
         samples.append(
             {
@@ -253,6 +241,7 @@ def write_comparison(
                 "reference": t.reference or row["text"],
                 "base": b.text,
                 "tuned": t.text,
+                **({"teacher": teacher[i].text, "teacher_correct": is_exact(teacher[i])} if teacher else {}),
                 "base_correct": None if b.text is None else is_exact(b),
                 "tuned_correct": None if t.text is None else is_exact(t),
             }

@@ -166,7 +166,7 @@ def special_tokens(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], recipe:
         "detail": f"{ended} of {len(rows)} rows end their last trained span with a special token",
     }
     return [
-        *([end] if recipe.method.type != "grpo" else []),  # its rows are prompts; the completions are yet to be written
+        *([end] if not recipe.prompts_only else []),  # its rows are prompts; the completions are yet to be written
         {
             "check": "padding is not the end token",
             "ok": backend.pad_token_id != backend.eos_token_id,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from data_prep.assemble import read_rows
+from data_prep.held_out import choose_rows
 from data_prep.prepare import prepare
-from finetune import evals, results, stages
+from finetune import results, stages
 from finetune.layout import find_device
 from finetune.runs import changed_keys, load_run_recipe, say
 from recipes.errors import RecipeError
 from recipes.gate import check
 from recipes.lineage import SEAL, read_manifest, verify
 from recipes.schema import Recipe
+from recipes.student import student_recipe
 
 
 def remeasure(recipe: Recipe) -> None:
@@ -32,9 +34,10 @@ def remeasure(recipe: Recipe) -> None:
         )
     if wrong := [n for n in verify(folder) if n.startswith(("adapter/", "model/"))]:
         raise RecipeError(f"trained weights differ from the manifest ({', '.join(wrong)})", str(folder), "train again")
+    recipe = student_recipe(recipe, folder)
     prepared = prepare(recipe, folder, keep=True)
     held_out = read_rows(prepared.folder, "eval")
-    rows, _ = evals.choose_rows(held_out, recipe)
+    rows, _ = choose_rows(held_out, recipe)
     if not rows:
         raise RecipeError("there is nothing to measure on", "data.eval", "name held-out rows")
     device = find_device(recipe.train.device)

@@ -38,6 +38,7 @@ from recipes.lineage import (
     write_manifest,
 )
 from recipes.schema import Recipe
+from recipes.student import LOGITS, TEACHER
 
 
 def save(recipe: Recipe, trainer: Any, tokenizer: Tokenizer, folder: Path) -> None:
@@ -199,6 +200,8 @@ def _result_files(folder: Path) -> list[str]:
     for part in ("adapter", "model", "data"):
         if (folder / part).is_dir():
             names += [f"{part}/{n}" for n in sha256_files(folder / part)]
+    # What the teacher left is proved by manifests of its own.
+    names += [name for name in (f"{TEACHER}/{MANIFEST}", f"{LOGITS}/{MANIFEST}") if (folder / name).is_file()]
     if not any(n.startswith(("adapter/", "model/")) for n in names):
         raise RetortError("holds no trained weights", str(folder), "run the recipe again")
     return names
@@ -210,9 +213,11 @@ def result_table(folder: Path) -> str:
     if not path.is_file():
         return "nothing was measured"
     result = json.loads(path.read_text(encoding="utf-8"))
-    table = [[f"on {result['n']} held-out rows", "base", "tuned", "p"]]
+    models = ["base", "tuned", *(["teacher"] if any("teacher" in m for m in result["metrics"].values()) else [])]
+    table = [[f"on {result['n']} held-out rows", *models, "p"]]
     for name, m in result["metrics"].items():
-        cells = [f"{m[w]['value']:.3f} [{m[w]['low']:.3f}, {m[w]['high']:.3f}]" for w in ("base", "tuned")]
+        known = [m.get(model) for model in models]
+        cells = [f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" if v else "" for v in known]
         table.append([name, *cells, f"{m['p_value']:.4f}"])
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table)

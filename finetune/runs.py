@@ -19,9 +19,11 @@ from recipes.errors import RecipeError, RetortError
 from recipes.lineage import MANIFEST, cannot_write, read_manifest, write_atomic
 from recipes.load import difference, load_recipe
 from recipes.schema import Recipe
+from recipes.student import LOGITS, PROMPTS, TEACHER, student_recipe
 
 RECIPE = "recipe.yaml"
 STATE = "state.json"
+KEPT = (PROMPTS, TEACHER, LOGITS)  # the teacher's work outlives the runs that are made of it
 _WRITTEN_BY_TRAIN = (
     "adapter",
     "model",
@@ -97,9 +99,8 @@ def _open(recipe: Recipe, resume: bool, fresh: bool) -> Run:
         lock = _move_aside(folder, lock, notes)
         found = None
     changed = changed_keys(found, recipe) if found is not None else {}
-    changed |= {
-        f"the file {ref}": ("as it was", "changed") for ref in (changed_inputs(recipe, folder) if found else [])
-    }
+    files = changed_inputs(student_recipe(recipe, folder), folder) if found else []
+    changed |= {f"the file {ref}": ("as it was", "changed") for ref in files}
     if changed and not finished and not _has_trained(folder):
         found, changed = None, {}  # it failed before its first step: there is nothing to lose
     if changed and not finished:
@@ -120,6 +121,13 @@ def _open(recipe: Recipe, resume: bool, fresh: bool) -> Run:
         write_atomic(folder / RECIPE, recipe_yaml(recipe))
         write_atomic(folder / STATE, json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")
     return Run(folder, status, _id(folder), tuple(notes), lock)
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the run directory holds the finished run of this very recipe."""
+    folder = recipe.run_dir
+    found = load_run_recipe(folder) if read_manifest(folder) is not None else None
+    return found is not None and not changed_keys(found, recipe)
 
 
 @contextmanager
@@ -162,7 +170,7 @@ def _require_ours(folder: Path) -> None:
     """Refuse a folder with files that no run of ours wrote: a run removes and replaces what is in its way."""
     if (folder / STATE).is_file() or not folder.is_dir():
         return
-    prepared = {".lock", RECIPE, "data", "data.new", "data.html", "logs"}  # what preparation leaves
+    prepared = {".lock", RECIPE, "data", "data.new", "data.html", "logs", *KEPT}  # what earlier stages leave
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in prepared)
     if foreign:
         names = ", ".join(foreign[:4]) + (" ..." if len(foreign) > 4 else "")
@@ -216,9 +224,23 @@ def _move_aside(folder: Path, lock: Any, notes: list[str]) -> Any:
         number += 1
     os.replace(folder, target)
     notes.append(f"the earlier run was moved to {target}")
+    for name in KEPT:  # a copy goes on: another learning rate is no reason to ask the teacher again
+        if (target / name).is_dir():
+            shutil.copytree(target / name, folder / name, copy_function=_copy)
     if lock is not None:
         lock.close()
     return _lock(folder)
+
+
+def _copy(source: str, target: str) -> None:
+    """A second name for what is only ever replaced whole; a copy of what is appended to."""
+    try:
+        if source.endswith(".parquet"):
+            os.link(source, target)
+            return
+    except OSError:
+        pass  # another file system, or one without links
+    shutil.copy2(source, target)
 
 
 def _clear(folder: Path) -> None:

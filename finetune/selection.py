@@ -113,7 +113,9 @@ def cheap_metrics(recipe: Recipe) -> tuple[str, ...]:
         "orpo": ("preference_accuracy", "loss"),
         "reward": ("preference_accuracy",),
         "grpo": ("reward",),
-    }[recipe.method.type]
+        "logits": ("loss",),
+        "on_policy": ("token_f1",),
+    }[recipe.method.key]
 
 
 def _unwrapped(model: Any) -> Any:

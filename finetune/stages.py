@@ -228,7 +228,7 @@ def build(
             selection.begin(model)
         callbacks.append(selection)
     job = Job(recipe, layout, tokenizer, model, rows, folder, callbacks, known)
-    trainer = BUILDERS[recipe.method.type](job)
+    trainer = BUILDERS[recipe.method.key](job)
     if recipe.method.type == "grpo":
         kept.trainer = trainer
         kept.show = lambda i: sample_of(rows[i], [], tokenizer).prompt

@@ -153,6 +153,9 @@ VALUES: dict[str, Callable[[Array], Array]] = {
 }
 
 
+OF_TEXTS = ("exact_match", "token_f1", "label_accuracy", "macro_f1")  # what a text alone decides
+
+
 def compare(
     base: Sequence[Answer],
     tuned: Sequence[Answer],
@@ -161,15 +164,17 @@ def compare(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    teacher: Sequence[Answer] | None = None,
 ) -> dict[str, Any]:
-    """Compare two models on the same rows.
+    """Compare two models on the same rows, and with their teacher where it answered them too.
 
     Intervals: percentile bootstrap over groups (Efron & Tibshirani 1993, chapter 13). p-value: two-sided paired
     permutation test, base and tuned swapped by group; (hits + 1) / (draws + 1), so it is never 0.
 
     Returns:
         `{"n": rows, "metrics": {name: {"base": {"value", "low", "high"}, "tuned": {...}, "p_value"}}}`; a metric that
-        these rows do not have (no generated answer, no label) is left out.
+        these rows do not have (no generated answer, no label) is left out. With a teacher the metrics of its texts
+        have `teacher` as well, and `teacher_p_value` of the tuned model against it.
 
     Raises:
         ValueError: the two lists are not the same rows in the same order, or empty.
@@ -183,6 +188,7 @@ def compare(
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
     swaps = generator.integers(0, 2, size=(resamples, count)).astype(float)
     rows_b, rows_t = _per_row(base, labels, base), _per_row(tuned, labels, base)
+    rows_m = _per_row(teacher, labels, base) if teacher is not None else {}
     result: dict[str, Any] = {}
     for name in metrics:
         if name not in rows_b or not (rows_b[name].any() or rows_t[name].any()):
@@ -194,6 +200,10 @@ def compare(
             "tuned": _interval(sums_t, drawn, value, confidence),
             "p_value": _permutation(sums_b, sums_t, swaps, value),
         }
+        if name in OF_TEXTS and name in rows_m:
+            sums_m = _by_group(rows_m[name], groups, count)
+            result[name]["teacher"] = _interval(sums_m, drawn, value, confidence)
+            result[name]["teacher_p_value"] = _permutation(sums_m, sums_t, swaps, value)
     return {"n": len(base), "metrics": result}
 
 

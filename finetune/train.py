@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.runs import is_main, main_process_first, open_run, say
-from recipes.errors import EngineError, MemoryFitError, RetortError, out_of_memory
+from recipes.errors import MemoryFitError, RetortError, out_of_memory
 from recipes.evidence import Asset
 from recipes.gate import Verdict, examine
 from recipes.load import load_recipe
 from recipes.quiet import opt_out
 from recipes.schema import Recipe
+from recipes.student import require_taught, student_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,8 +47,7 @@ def run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> None:
     """The stages of a run, in order. Everything cheap that can fail comes before everything slow."""
     verdict, assets = examine(recipe)
     verdict.require()
-    if recipe.teacher is not None:
-        raise EngineError("no stage generates with a teacher yet", "teacher", "leave teacher out to train on the rows")
+    require_taught(recipe)
     opened = open_run(recipe, resume, fresh)
     say(*opened.notes)
     if opened.status == "finished":
@@ -59,9 +59,10 @@ def run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> None:
     train(recipe, opened, verdict, assets)
 
 
-def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]) -> None:
+def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]) -> None:
     """Prepare, measure the base, train, measure the tuned model, report."""
     from data_prep.assemble import read_rows
+    from data_prep.held_out import choose_rows
     from data_prep.prepare import prepare
     from data_prep.tokens import fetch
     from finetune.layout import find_device, model_facts, refuse_impossible
@@ -69,6 +70,7 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]
     from recipes.signing import require_signature
 
     folder: Path = opened.folder
+    recipe = student_recipe(asked, folder)  # of a distillation what is left to do: the rows are the teacher's
     device = find_device(recipe.train.device)
     here = require_model_folder(recipe.model.ref, "model.base")
     refuse_impossible(recipe, device, model_facts(here) if here is not None else None)
@@ -76,13 +78,13 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]
         prepared = prepare(recipe, folder)
         if recipe.model.ref.kind == "hub":  # judged by its name so far; now that its files are here, by them
             fetch(recipe.model.ref, True)
-            verdict, assets = examine(recipe)
+            verdict, assets = examine(asked)
             verdict.require()
         if recipe.model.public_key is not None:
             require_signature(fetch(recipe.model.ref, True), Path(recipe.model.public_key))
     tokenizer = prepared.tokenizer
 
-    from finetune import evals, results, stages, tracking  # torch comes in here, after all that is cheap to refuse
+    from finetune import results, stages, tracking  # torch comes in here, after all that is cheap to refuse
     from finetune.arguments import check_extra
     from finetune.policy import check_policy
 
@@ -96,14 +98,14 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]
     layout = stages.write_layout(recipe, device, prepared, folder)
     rows = read_rows(prepared.folder, "train")
     held_out = read_rows(prepared.folder, "eval")
-    measured, watched = evals.choose_rows(held_out, recipe)
+    measured, watched = choose_rows(held_out, recipe)
     stages.write_masks(folder, rows, tokenizer)
 
     model = stages.load(recipe, tokenizer, device)
     base = stages.base_answers(recipe, model, tokenizer, measured, folder)
     known = stages.reference(recipe, layout, tokenizer, model, rows)
     layout = stages.rewards(recipe, layout, tokenizer, model, rows, folder)
-    tracker = tracking.start(recipe, folder, opened.id) if is_main() else tracking.Tracker()
+    tracker = tracking.start(asked, folder, opened.id) if is_main() else tracking.Tracker()
     trainer, watch = stages.build(recipe, layout, tokenizer, model, rows, watched, folder, tracker, known)
     preflight = stages.preflight(recipe, layout, tokenizer, trainer, rows, prepared, folder)
     stages.fit(trainer, watch, preflight, folder)
@@ -111,7 +113,7 @@ def train(recipe: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset]
 
     if is_main():
         result = results.tuned_result(recipe, trainer.model, tokenizer, measured, base, folder)
-        results.finish(recipe, folder, verdict, assets, device, prepared, layout, result)
+        results.finish(asked, folder, verdict, assets, device, prepared, layout, result)
         tracker.finish(result, [folder / n for n in ("report.html", "manifest.json", "recipe.yaml", "eval.json")])
         show_result(folder)
 

@@ -59,6 +59,7 @@ OTHER_NAMES = {
 }
 
 # Pydantic's phrase by error type -> ours, where a YAML writer would not know "dictionary" or "tuple".
+TAGS = ("type", "mode")  # keys that tell the members of a union apart
 PLAIN_WORDS = {
     "model_type": "should be a map of keys",
     "dict_type": "should be a map of keys",
@@ -160,6 +161,8 @@ def _merge(base: Tree, over: Tree) -> Tree:
             child = _merge(_subtree(merged, key), _subtree(over, key))
         else:
             child = _subtree(over, key)
+            if isinstance(old, dict) and isinstance(value, dict) and "type" in old and "type" not in value:
+                child.value["type"] = old["type"]  # another mode of the same type
         merged.places = {p: place for p, place in merged.places.items() if not (p and p[0] == key)}
         merged.value[key] = child.value
         merged.places.update({(key, *p): place for p, place in child.places.items()})
@@ -167,8 +170,8 @@ def _merge(base: Tree, over: Tree) -> Tree:
 
 
 def _is_union_switch(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """A map that changes its `type` is another variant: the fields of the old one do not carry over."""
-    return "type" in old and "type" in new and old["type"] != new["type"]
+    """A map that changes its `type` or `mode` is another variant: the fields of the old one do not carry over."""
+    return any(tag in old and tag in new and old[tag] != new[tag] for tag in TAGS)
 
 
 def _subtree(tree: Tree, key: str) -> Tree:
@@ -204,9 +207,9 @@ def _explain(tree: Tree, problems: list[Any]) -> RecipeError:
     others = {o for o in others if o[: len(path)] != path and path[: len(o)] != o and o[:-1] != path[:-1]}
     more = f" (and {len(others)} more)" if others else ""
     if problem["type"] == "extra_forbidden":
-        return RecipeError(f"unknown key '{dotted}'{more}", place, _suggest(path))
+        return RecipeError(f"unknown key '{dotted}'{more}", place, _suggest(path, tree.value))
     if problem["type"] == "missing":
-        return RecipeError(f"the key '{dotted}' is missing{more}", place, _described(path))
+        return RecipeError(f"the key '{dotted}' is missing{more}", place, _described(path, tree.value))
     message = PLAIN_WORDS.get(problem["type"]) or str(problem["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     shown = problem.get("input")
@@ -250,16 +253,29 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [m for arg in get_args(annotation) for m in _models(arg)]
 
 
-def _fields_at(path: KeyPath) -> dict[str, FieldInfo]:
-    """The fields that may stand at a key path (the union's fields where several sections may)."""
+def _fields_at(path: KeyPath, value: Any = None) -> dict[str, FieldInfo]:
+    """The fields that may stand at a key path (the union's fields where several sections may).
+
+    Args:
+        value: the whole recipe as given, whose `type` and `mode` tell which sections may not.
+    """
     models: list[type[BaseModel]] = [Recipe]
     for part in path:
+        value = value[part] if isinstance(value, dict) and part in value else None if isinstance(value, dict) else value
         if isinstance(part, int):
+            value = value[part] if isinstance(value, list) and part < len(value) else None
             continue
         models = [
             m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
         ]
+        models = [m for m in models if _may_be(m, value)] or models
     return {info.alias or name: info for model in models for name, info in model.model_fields.items()}
+
+
+def _may_be(model: type[BaseModel], value: Any) -> bool:
+    """Whether the tags of a map are those of this member of a union."""
+    tags = [tag for tag in TAGS if isinstance(value, dict) and tag in value and tag in model.model_fields]
+    return all(value[tag] in get_args(model.model_fields[tag].annotation) for tag in tags)
 
 
 def all_fields(prefix: str = "", model: type[BaseModel] = Recipe) -> dict[str, FieldInfo]:
@@ -273,24 +289,25 @@ def all_fields(prefix: str = "", model: type[BaseModel] = Recipe) -> dict[str, F
     return found
 
 
-def _suggest(path: KeyPath) -> str:
+def _suggest(path: KeyPath, value: Any) -> str:
     key = str(path[-1])
-    here = _fields_at(path[:-1])
+    here = _fields_at(path[:-1], value)
     if close := difflib.get_close_matches(key, here, n=1, cutoff=0.6):
         return f"did you mean '{_dotted((*path[:-1], close[0]))}'?"
     if key in OTHER_NAMES:
         return f"did you mean '{OTHER_NAMES[key]}'?"
     everywhere: dict[str, str] = {}
     for dotted in all_fields():
-        everywhere.setdefault(dotted.rsplit(".", 1)[-1], dotted)
+        if dotted != _dotted(path):  # else it belongs to another method
+            everywhere.setdefault(dotted.rsplit(".", 1)[-1], dotted)
     if close := difflib.get_close_matches(key, everywhere, n=1, cutoff=0.8):
         return f"did you mean '{everywhere[close[0]]}'?"
     names = ", ".join(here) or "none"
     return f"valid keys here: {names}"
 
 
-def _described(path: KeyPath) -> str | None:
-    info = _fields_at(path[:-1]).get(str(path[-1]))
+def _described(path: KeyPath, value: Any) -> str | None:
+    info = _fields_at(path[:-1], value).get(str(path[-1]))
     return f"meant is: {describe(info)}" if info and describe(info) else None
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from recipes.errors import EngineError
+from recipes.lineage import read_manifest
 from recipes.schema import Recipe
 from recipes.schema_data import Source
-from recipes.schema_method import SFT
+from recipes.schema_method import SFT, Method
 
 TEACHER = "teacher"  # of a run directory: what the teacher wrote
 PROMPTS = "prompts"  # prepared prompts, the teacher's input; the student's rows are in data/, as in any run
@@ -18,6 +21,11 @@ def waits(recipe: Recipe) -> bool:
     """Whether the student's rows are written by the teacher first."""
     method = recipe.method
     return method.type == "distill" and method.mode != "on_policy" and recipe.prompts_only
+
+
+def rows_folder(recipe: Recipe) -> Path:
+    """Where the recipe's own rows are prepared: prompts for a teacher apart, the student's rows will lie in data/."""
+    return recipe.run_dir / (PROMPTS if waits(recipe) else "data")
 
 
 def scored(recipe: Recipe) -> bool:
@@ -35,6 +43,7 @@ def student_recipe(recipe: Recipe, run_dir: Path) -> Recipe:
     method = recipe.method
     if method.type != "distill" or not waits(recipe):
         return recipe
+    learns: Method
     if method.mode == "logits":
         learns = method.model_copy(update={"answers": "given"})
     else:
@@ -52,3 +61,34 @@ def student_recipe(recipe: Recipe, run_dir: Path) -> Recipe:
         }
     )
     return recipe.model_copy(update={"data": data, "method": learns})
+
+
+def require_taught(recipe: Recipe) -> None:
+    """Refuse to train before the teacher has done its part, or after it was asked for something else.
+
+    Raises:
+        EngineError: teacher rows or distributions are missing or were made by another recipe; names the command.
+    """
+    if recipe.method.type != "distill" or recipe.method.mode == "on_policy":
+        return
+    command = "run retort generate with this recipe"
+    folder = recipe.run_dir / TEACHER
+    made = read_manifest(folder)
+    if made is None:
+        raise EngineError("holds no finished work of the teacher", str(folder), command)
+    before, now = decides(made.get("recipe", {})), decides(recipe.resolved())
+    if changed := sorted(key for key in now if before.get(key) != now[key]):
+        raise EngineError(f"was made by another recipe ({', '.join(changed[:4])} changed)", str(folder), command)
+    if scored(recipe) and read_manifest(recipe.run_dir / LOGITS) is None:
+        raise EngineError("holds no finished distributions", str(recipe.run_dir / LOGITS), command)
+
+
+def decides(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Of a resolved recipe what decides the teacher's rows, by key path."""
+    teacher, method = dict(resolved.get("teacher") or {}), resolved.get("method") or {}
+    for only_how in ("price", "engine"):
+        teacher.pop(only_how, None)
+    found = {f"teacher.{key}": value for key, value in teacher.items()}
+    found |= {f"data.{key}": value for key, value in (resolved.get("data") or {}).items()}
+    found |= {f"method.{key}": method.get(key) for key in ("type", "mode", "answers", "pairs", "student_samples")}
+    return {**found, "seed": resolved.get("seed"), "model.base": (resolved.get("model") or {}).get("base")}

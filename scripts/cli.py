@@ -77,6 +77,7 @@ def prepare(
     from data_prep.prepare import prepare as prepare_rows
     from finetune.runs import STATE
     from recipes.gate import check
+    from recipes.student import rows_folder, waits
     from scripts import show
 
     loaded = load_recipe(recipe, set_ or ())
@@ -86,7 +87,8 @@ def prepare(
 
         print(cluster.submitted(loaded, executor, tasks, partition, time, memory))
         return
-    prepared = prepare_rows(loaded, loaded.run_dir, keep=(loaded.run_dir / STATE).is_file())
+    keep = not waits(loaded) and (loaded.run_dir / STATE).is_file()
+    prepared = prepare_rows(loaded, loaded.run_dir, keep, rows_folder(loaded))
     show.data_table(prepared)
     if show_masks:
         show.masks(loaded, prepared, show_masks)
@@ -113,6 +115,7 @@ def run(
 ) -> None:
     """All stages of a recipe in order; finished ones are skipped."""
     _show_plan(recipe, set_ or [])
+    _teach(recipe, set_ or [], fresh)
     _train(recipe, set_ or [], False, fresh)
 
 
@@ -123,6 +126,19 @@ def _show_plan(recipe: Path, overrides: list[str]) -> None:
     print("\n".join(plans.describe(plans.make_plan(load_recipe(recipe, overrides)))), flush=True)
 
 
+@_one_line
+def _teach(recipe: Path, overrides: list[str], fresh: bool) -> None:
+    """The teacher's part, where the recipe has one and a finished run does not end the matter."""
+    loaded = load_recipe(recipe, overrides)
+    if loaded.teacher is None:
+        return
+    from finetune.runs import is_finished
+    from scripts import teach
+
+    if fresh or not is_finished(loaded):
+        print(teach.describe(teach.generate_rows(loaded)), flush=True)
+
+
 def _train(recipe: Path, overrides: list[str], resume: bool, fresh: bool) -> None:
     """Become the training process: signals then reach it directly, and its exit code is ours."""
     import finetune
@@ -131,6 +147,23 @@ def _train(recipe: Path, overrides: list[str], resume: bool, fresh: bool) -> Non
     flags = ["--resume"] * resume + ["--fresh"] * fresh
     options = [part for text in overrides for part in ("--set", text)]
     os.execv(sys.executable, [sys.executable, str(script), str(recipe), *options, *flags])
+
+
+@app.command()
+@_one_line
+def generate(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="do one of n parts of the prompts; then run it without --shard")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Have the teacher write (and score) what the student will learn. A rerun asks only for what is missing."""
+    from scripts import teach
+
+    stats = teach.generate_rows(load_recipe(recipe, set_ or ()), shard, quiet=as_json)
+    print(json.dumps(stats, indent=2) if as_json else teach.describe(stats))
 
 
 @app.command()

@@ -11,9 +11,11 @@ from finetune.run_files import duties_of
 from recipes.errors import DataError, RecipeError, RetortError
 from recipes.gate import check
 from recipes.lineage import read_manifest
+from recipes.presets import resolve
 from recipes.refs import require_model_folder
 from recipes.schema import Recipe
 from recipes.schema_data import Holdout, Source
+from recipes.student import student_recipe
 
 CHARACTERS_PER_TOKEN = 4.0  # of English text; only until the rows are prepared
 
@@ -30,8 +32,9 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     if template is not None and not Path(template).is_file():
         raise RecipeError(f"there is no file {template}", "model.chat_template", f"looked in {Path.cwd()}")
     facts = model_facts(folder) if folder is not None else None
-    data = _data(recipe)
-    layout = _layout(recipe, device, facts, data)
+    student = student_recipe(recipe, recipe.run_dir)
+    data = _data(recipe, student)
+    layout = _layout(student, device, facts, data)
     return {
         "name": recipe.name,
         "output": str(recipe.run_dir),
@@ -44,9 +47,26 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
             "adapter": recipe.adapter.model_dump(mode="json") if recipe.adapter else None,
         },
         "method": recipe.method.type,
+        "teacher": _teacher(recipe),
         "data": data,
         "layout": layout.as_dict() if layout else None,
         "device": {"kind": device.kind, "name": device.name, "memory_bytes": device.memory_bytes},
+    }
+
+
+def _teacher(recipe: Recipe) -> dict[str, Any] | None:
+    """Who teaches, how it is asked and how; None without a teacher."""
+    if recipe.teacher is None or recipe.method.type != "distill":
+        return None
+    sampling, words = resolve(recipe)
+    return {
+        "model": recipe.teacher.model,
+        "engine": recipe.teacher.engine.name,
+        "mode": recipe.method.mode,
+        "samples": recipe.teacher.samples,
+        "sampling": sampling,
+        "sampling_source": words,
+        "max_tokens": recipe.teacher.sampling.max_tokens,
     }
 
 
@@ -61,14 +81,14 @@ def _cached(recipe: Recipe) -> Path | None:
     return Path(found).parent
 
 
-def _data(recipe: Recipe) -> dict[str, Any]:
-    """Row and token counts: measured where the rows are prepared, estimated from the files where not."""
+def _data(recipe: Recipe, student: Recipe) -> dict[str, Any]:
+    """Row and token counts: measured where the student's rows are prepared, estimated from the files where not."""
     sources = [*recipe.data.train, *(recipe.data.eval if isinstance(recipe.data.eval, tuple) else ())]
     counted = [_count(s) for s in sources]
     known = {str(s): count for s, count in zip(sources, counted, strict=True)}
     manifest = read_manifest(recipe.run_dir / "data")
     decides = ("data", "method", "seed")
-    before, now = (manifest or {}).get("recipe", {}), recipe.resolved()
+    before, now = (manifest or {}).get("recipe", {}), student.resolved()
     same = (
         all(before.get(k) == now[k] for k in decides)
         and before.get("train", {}).get("seq_len") == recipe.train.seq_len
@@ -125,6 +145,15 @@ def _layout(recipe: Recipe, device: Device, facts: ModelFacts | None, data: dict
     return plan_layout(recipe, device, facts, data["train_rows"], data["mean_tokens"], longest, 1, data.get("packs"))
 
 
+def _about_teacher(teacher: dict[str, Any] | None) -> list[str]:
+    if teacher is None:
+        return []
+    asked = (
+        f"{teacher['samples']} answers a prompt, at most {teacher['max_tokens']} tokens; {teacher['sampling_source']}"
+    )
+    return [f"teacher  {teacher['model']}  ({teacher['engine']}, mode {teacher['mode']}; {asked})"]
+
+
 def describe(plan: dict[str, Any]) -> list[str]:
     """The plan as lines for a person."""
     model, data, layout = plan["model"], plan["data"], plan["layout"]
@@ -133,6 +162,7 @@ def describe(plan: dict[str, Any]) -> list[str]:
     lines = [
         f"recipe   {plan['name']}  ({plan['method']}, {adapter}, quantisation {model['quantization']})",
         f"base     {model['base']}  ({size})",
+        *_about_teacher(plan["teacher"]),
         f"licences {plan['verdict']['verdict']}",
         *(
             f"           {r['effect']}: {r['asset']} ({r['license'] or 'no licence stated'})"

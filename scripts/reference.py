@@ -46,11 +46,27 @@ def reference_page() -> str:
     lines += [_line(path, info) for path, info in all_fields().items() if not path.startswith("method.")]
     lines.append(f"| `method.type` | `'sft'` | one of {', '.join(METHODS)} |")
     lines += ["", "The keys of `method` depend on `method.type`. `method: dpo` is short for `method: {type: dpo}`."]
-    for member in get_args(get_args(Method)[0]):
+    for member in members(Method):
         kind = get_args(member.model_fields["type"].annotation)[0]
-        lines += ["", f"## method: {kind}", "", str(member.__doc__), "", "| key | default | meaning |", "|---|---|---|"]
+        mode = f", mode: {get_args(member.model_fields['mode'].annotation)[0]}" if "mode" in member.model_fields else ""
+        lines += [
+            "",
+            f"## method: {kind}{mode}",
+            "",
+            str(member.__doc__),
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+        ]
         lines += [_line(path, info) for path, info in all_fields("method.", member).items() if path != "method.type"]
     return "\n".join(lines) + "\n"
+
+
+def members(annotation: Any) -> list[Any]:
+    """The sections of a union, through unions inside it."""
+    if isinstance(annotation, type):
+        return [annotation] if hasattr(annotation, "model_fields") else []
+    return [member for part in get_args(annotation) for member in members(part)]
 
 
 def _line(path: str, info: FieldInfo) -> str:

@@ -177,7 +177,8 @@ def reloaded_loss(recipe: Any, run: Path) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from finetune.evals import choose_rows, measure
+    from data_prep.held_out import choose_rows
+    from finetune.evals import measure
 
     tokenizer = load_tokenizer(recipe.model)
     if recipe.adapter is None:

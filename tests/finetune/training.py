@@ -39,7 +39,7 @@ def built(path: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Built:
     model = stages.load(recipe, prepared.tokenizer, device)
     known = stages.reference(recipe, layout, prepared.tokenizer, model, rows)
     job = Job(recipe, layout, prepared.tokenizer, model, rows, folder, callbacks, known)
-    trainer = BUILDERS[recipe.method.type](job)
+    trainer = BUILDERS[recipe.method.key](job)
     return Built(recipe, layout, rows, held_out, known, trainer, prepared.tokenizer)
 
 

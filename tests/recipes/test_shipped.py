@@ -25,7 +25,7 @@ from recipes.schema import Recipe
 from recipes.schema_data import Source
 from scripts.plan import make_plan
 
-SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+SHIPPED = sorted(set((ROOT / "recipes").glob("*.yaml")) - {ROOT / "recipes" / "presets.yaml"})
 BASES = sorted((ROOT / "recipes" / "base").glob("*.yaml"))
 DOMAINS = {
     **dict.fromkeys(("legal", "medical", "finance", "support", "code"), ("sft", "dpo", "grpo")),

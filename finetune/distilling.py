@@ -1,0 +1,239 @@
+"""The student of a cache of teacher distributions: TRL's SFTTrainer with the sparse divergence in the place of its loss.
+
+The loss is computed inside the model's own forward, so that what is wrapped around it (adapters, autocast, data
+parallelism, sharded weights) works as ever; hidden states go to the head at trained positions alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data_prep.logit_cache import CachedLogits, join, row_key, scored_positions
+from data_prep.logit_parts import REMEDY
+from finetune.arguments import Job, common_arguments, make_trainer
+from finetune.losses import Head, Targets, sparse_divergence, summary, targets_of
+from finetune.sequences import evaluating
+from recipes.errors import DataError, RecipeError, RetortError
+from recipes.schema_method import DistillLogits
+from recipes.student import LOGITS
+
+Row = dict[str, Any]
+LOOK = 64  # tokens on which the head is compared with the model itself
+
+
+def build_logits(job: Job) -> Any:
+    """TRL's SFTTrainer over prepared rows and the teacher's distributions of them in `run_dir/logits`.
+
+    Raises:
+        DataError: the cache is not finished, was changed, is of another kind than the recipe's, or lacks a row.
+        RecipeError: options that this loss does not have. RetortError: a model whose logits are not known to it.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    recipe = job.recipe
+    assert isinstance(recipe.method, DistillLogits) and recipe.teacher is not None and recipe.teacher.logits is not None
+    share, spec = recipe.method.cross_entropy, recipe.teacher.logits
+    cache = CachedLogits(job.run_dir / LOGITS)
+    for name in ("kind", "temperature"):
+        made, asked = cache.about.get("logits", {}).get(name), getattr(spec, name)
+        if made is not None and made != asked:
+            raise DataError(f"made with {name} {made}, the recipe says {asked}", str(cache.folder), REMEDY)
+
+    class Distilled(SFTTrainer):
+        def compute_loss(
+            self, model: Any, inputs: Row, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            names = ("input_ids", "attention_mask", "labels", "targets")
+            more = {"output_router_logits": True} if self.aux_loss_enabled else {}
+            found = model(**{name: inputs[name] for name in names}, use_cache=False, **more)
+            items = len(inputs["targets"]) if num_items_in_batch is None else num_items_in_batch
+            loss = found["total"] / torch.as_tensor(items).clamp(min=1)
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # data parallelism averages
+            if self.aux_loss_enabled:  # a mean over one micro-batch, as TRL adds it
+                steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+                loss = loss + self.router_aux_loss_coef * found["aux_loss"] / steps
+            self._metrics["train" if self.model.training else "eval"]["sums"].append(found["sums"])
+            return (loss, found) if return_outputs else loss
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            training = self.model.training
+            sums = self._metrics["train" if training else "eval"].pop("sums", [])
+            if sums:
+                total = self.accelerator.reduce(torch.stack(sums).double().sum(0), reduction="sum")
+                logs.update({name if training else f"eval_{name}": value for name, value in summary(total).items()})
+            super().log(logs, start_time)
+
+    config = SFTConfig(
+        **common_arguments(job),
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+    )
+    if config.loss_type != "nll" or config.label_smoothing_factor:
+        raise RecipeError("has no loss_type and no label smoothing", "train.extra", "method.cross_entropy mixes losses")
+    data, collator = target_dataset(job, cache)
+    trainer = make_trainer(Distilled, job, config, data, data_collator=collator)
+    base = base_of(trainer.model)
+    add_divergence(base, share, spec.temperature)
+    check_head(trainer.model, job.rows[0]["input_ids"][:LOOK])
+    collator.vocabulary = len(base.get_output_embeddings().weight)
+    return trainer
+
+
+def target_dataset(job: Job, cache: CachedLogits) -> tuple[Any, TargetCollator]:
+    """Rows as `input_ids`, `labels` (-100 where nothing is trained) and their number, and what makes batches of them.
+
+    Raises:
+        DataError: the cache lacks a row, or has another number of positions of it.
+    """
+    import datasets
+
+    keys, labels = [], []
+    for row in job.rows:
+        ids, places = row["input_ids"], scored_positions(row["loss_mask"])
+        keys.append(row_key(ids, row["loss_mask"]))
+        cache.require(keys[-1], len(places), row["_id"])
+        label = [-100] * len(ids)
+        for i in places:
+            label[i] = ids[i]
+        labels.append(label)
+    columns = {"input_ids": [r["input_ids"] for r in job.rows], "labels": labels, "number": list(range(len(keys)))}
+    return datasets.Dataset.from_dict(columns), TargetCollator(job.tokenizer.backend.pad_token_id, cache, keys)
+
+
+@dataclass
+class TargetCollator:
+    """Rows -> a padded batch, tensors (batch, longest), and `targets`: the teacher at its trained positions, in order.
+
+    Attributes:
+        keys: of the rows in the cache, by number.
+        vocabulary: rows of the student's head; what the teacher says of ids beyond goes to its tail.
+    """
+
+    pad_token_id: int
+    cache: CachedLogits
+    keys: Sequence[str]
+    vocabulary: int | None = None
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        width = max(len(row["input_ids"]) for row in rows)
+        fills = [width - len(row["input_ids"]) for row in rows]
+        sparse = join([self.cache[self.keys[row["number"]]] for row in rows])
+        actual = [token for row in rows for token in row["labels"] if token != -100]
+        return {
+            "input_ids": torch.tensor(
+                [[*r["input_ids"], *[self.pad_token_id] * f] for r, f in zip(rows, fills, strict=True)]
+            ),
+            "attention_mask": torch.tensor([[1] * (width - f) + [0] * f for f in fills]),
+            "labels": torch.tensor([[*r["labels"], *[-100] * f] for r, f in zip(rows, fills, strict=True)]),
+            "targets": targets_of(sparse, actual, self.vocabulary),
+        }
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside an adapter's wrapper."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def add_divergence(model: Any, share: float, temperature: float) -> None:
+    """Teach a causal model's forward the keyword `targets`: with it, the loss is returned instead of logits.
+
+    `model(input_ids, attention_mask, labels, targets)` returns `total` (the loss summed over positions), `sums` (see
+    finetune.losses.summary) and, where router logits are asked for, `aux_loss`. Without it the forward is as it was.
+    """
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    before = model.forward
+
+    @functools.wraps(type(model).forward)  # generation checks its keywords against the signature
+    def forward(self: Any, *args: Any, targets: Targets | None = None, **kwargs: Any) -> Any:
+        if targets is None:
+            return before(*args, **kwargs)
+        labels = kwargs.pop("labels")
+        output = self.base_model(*args, **kwargs)
+        states = output.last_hidden_state
+        hidden = states[:, :-1][labels[:, 1:].to(states.device) != -100]
+        layer = head_layer(self)
+        with maybe_gather_lm_head_ctx(layer.weight, layer.bias):  # weights that DeepSpeed has spread over devices
+            head = head_of(self)
+            total, sums = sparse_divergence(
+                hidden.to(head.weight.device), head, targets.to(head.weight.device), share, temperature, num_items=1
+            )
+        found = {"total": total, "sums": sums}
+        if kwargs.get("output_router_logits"):
+            found["aux_loss"] = _balance(self, output, kwargs.get("attention_mask"))
+        return found
+
+    model.forward = types.MethodType(forward, model)
+
+
+def head_layer(model: Any) -> Any:
+    """The output layer of a transformers model, the copy that is trained where the adapter has one.
+
+    Raises:
+        RecipeError: the adapter puts low-rank weights on it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    layer = model.get_output_embeddings()
+    if isinstance(layer, ModulesToSaveWrapper):
+        return layer.modules_to_save[layer.active_adapters[0]]
+    if isinstance(layer, BaseTunerLayer):
+        raise RecipeError(
+            "mode logits cannot adapt the output head", "adapter.targets", "leave it out, or name it in modules_to_save"
+        )
+    return layer
+
+
+def head_of(model: Any) -> Head:
+    """The last step of a transformers model, from hidden states to logits, as its config describes it."""
+    layer, config = head_layer(model), model.config.get_text_config()
+    scale = next(
+        (v for n in ("logit_scale", "output_multiplier", "lm_head_multiplier") if (v := getattr(config, n, None))), 1.0
+    )
+    if scaling := getattr(config, "logits_scaling", None):  # Granite divides by it, HyperCLOVA X multiplies
+        scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
+    weight, bias = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in (layer.weight, layer.bias))
+    return Head(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def check_head(model: Any, ids: Sequence[int]) -> None:
+    """Compare the logits that the loss makes of hidden states with those of the model, once.
+
+    Raises:
+        RetortError: they differ, so the loss would train another model.
+    """
+    base = base_of(model)
+    head = head_of(base)
+    if not head.weight.is_floating_point() or head.weight.numel() == 0 or base.base_model is base:
+        raise RetortError("mode logits cannot reach the output head of this model", "model.base", "use mode: sequence")
+    with evaluating(model), torch.no_grad():
+        batch = torch.tensor([list(ids)], device=base.device)
+        expected = model(input_ids=batch, use_cache=False).logits[0].float()
+        hidden = base.base_model(input_ids=batch, use_cache=False).last_hidden_state[0]
+        ours = head.logits(hidden.to(head.weight)).float().to(expected.device)
+    off = float((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if ours.shape != expected.shape or not off < (1e-4 if head.weight.dtype == torch.float32 else 2e-2):
+        raise RetortError(
+            f"the model does something after its output head that mode logits does not know (logits differ by {off:.2g})",
+            "model.base",
+            "use mode: sequence",
+        )
+
+
+def _balance(model: Any, output: Any, mask: Any) -> torch.Tensor:
+    """The load-balancing loss of a mixture of experts, as transformers' own forward computes it."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    loss: torch.Tensor = load_balancing_loss_func(
+        output.router_logits, model.num_experts, model.num_experts_per_tok, mask
+    )
+    return loss
