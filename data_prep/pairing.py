@@ -174,7 +174,7 @@ def _around(backend: Any, ids: Sequence[int], at: int) -> str:
     """A few tokens before and after a place, as text."""
     if at >= len(ids):
         return f"{backend.decode(list(ids[max(0, at - 3) :]))!r} and its end"
-    return repr(backend.decode(list(ids[max(0, at - 3) : at + 4])))
+    return repr(backend.decode(list(ids[max(0, at - 3) : at + 8])))
 
 
 def same_end(

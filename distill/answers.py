@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.rows import Message, Row
-from distill.filters import Candidate, Judged
+from distill.filters import PROMPT, Candidate, Judged
 from recipes.evidence import Asset, to_record
 from recipes.gate import Verdict
 from recipes.lineage import (
@@ -39,7 +39,6 @@ from recipes.student import ROWS, TEACHER
 SHARD_ROWS = 50_000
 SHOWN = 20  # samples and rejects that the report shows
 BARS = 40
-PROMPT = "_prompt"  # column with the id of the prepared prompt that a row came from
 
 
 @dataclass

@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints, log
 from distill.drawing import Uniforms, cuts, is_drawn, only
 from distill.local_model import Facts
 from distill.teachers import Request
-from recipes.errors import EngineError, out_of_memory
+from recipes.errors import out_of_memory
 
 WAITING = 2  # requests inside for each that is being answered: the next ones are there when a place falls free
 MOST = 1024  # answers side by side, by transformers' own default
@@ -39,8 +39,16 @@ class Answer:
     seconds: float
 
 
-class OutOfMemory(Exception):
-    """Memory ran out; what was not answered is still to be asked, fewer at a time."""
+class Stopped(Exception):
+    """Continuous batching came to an end before all was answered.
+
+    Attributes:
+        reason: what the library said. memory: whether memory ran out; then fewer answers side by side may do.
+    """
+
+    def __init__(self, reason: str, memory: bool) -> None:
+        super().__init__(reason)
+        self.reason, self.memory = reason, memory
 
 
 @dataclass
@@ -79,17 +87,20 @@ class Continuous:
         """Answers as they finish. Takes no more from `requests` than it needs to be busy.
 
         Raises:
-            OutOfMemory, EngineError: it stopped; `waiting` tells what it still owes.
+            Stopped: `waiting` tells what it still owes. What `requests` raises passes unchanged.
         """
         inside = WAITING * self.width
-        manager = None
+        manager: Any = None
         level = logger.level
         logger.setLevel(logging.CRITICAL)  # what goes wrong is raised here, in one line
         try:
+            failure = None
             try:
                 manager = self._start()
-            except (MemoryError, ValueError, RuntimeError) as error:  # no cache for this model, or no room for it
-                raise self._failure(error) from None
+            except Exception as error:  # no cache for this model, or no room for it
+                failure = _stopped(error)
+            if failure is not None:
+                raise failure  # outside of the clause, so that it does not hold the tensors of the other's frames
             while True:
                 while len(self.waiting) < inside and (request := next(requests, None)) is not None:
                     self._put(manager, request)
@@ -98,7 +109,7 @@ class Continuous:
                 if (output := manager.get_result(timeout=1.0)) is not None:
                     yield self._take(manager, output)
                 elif not manager.is_running() or manager.background_thread_status.fatal_error is not None:
-                    raise self._failure(manager.background_thread_status.fatal_error)
+                    raise _stopped(manager.background_thread_status.fatal_error)
         finally:
             if manager is not None:
                 manager.stop(block=True, timeout=STOP, hard_stop=True)
@@ -156,11 +167,11 @@ class Continuous:
             eos_token_id=list(self.facts.end_ids),
         )
         if taken is None:
-            raise self._failure(manager.background_thread_status.fatal_error)
+            raise _stopped(manager.background_thread_status.fatal_error)
 
     def _take(self, manager: Any, output: Any) -> Answer:
         if output.error is not None:
-            raise self._failure(manager.background_thread_status.fatal_error or RuntimeError(output.error))
+            raise _stopped(manager.background_thread_status.fatal_error or RuntimeError(output.error))
         request = self.waiting.pop(output.request_id)
         if is_drawn(self.sampling):
             self._draws.end(request)
@@ -168,13 +179,12 @@ class Continuous:
         self.began, self.ended = min(self.began, start), max(self.ended, end)
         return Answer(request, list(output.generated_tokens), end - output.created_time)
 
-    def _failure(self, error: BaseException | None) -> Exception:
-        reason = " ".join(str(error or "its thread ended").split())[:160]
-        if error is not None and (isinstance(error, MemoryError) or out_of_memory(error) or "out of memory" in reason):
-            return OutOfMemory(reason)
-        return EngineError(
-            f"continuous batching stopped ({reason})", "teacher.engine.transformers.batching", "set it to plain"
-        )
+
+def _stopped(error: BaseException | None) -> Stopped:
+    reason = " ".join(str(error).split())[:160] if error is not None else "its thread ended"
+    reason = reason or type(error).__name__
+    memory = error is not None and (isinstance(error, MemoryError) or out_of_memory(error) or "out of memory" in reason)
+    return Stopped(reason, memory)
 
 
 class _Draws(ContinuousBatchingLogitsProcessor):

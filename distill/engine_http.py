@@ -121,7 +121,9 @@ class HttpTeacher:
         return self._scores(calls)
 
     def close(self) -> None:
-        """Nothing is held between two calls: connections and thread end with the iterator that used them."""
+        """End what is under way: an iterator that another thread waits for raises EngineError. Nothing else is held;
+        connections and threads end with the iterators."""
+        self.client.close()
 
     def _scores(self, calls: Iterator[Call]) -> Iterator[Sparse]:
         from distill.logits import sparse_from_topk

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from data_prep.completions import completion_text
 from data_prep.logit_cache import Sparse
-from distill.continuous import MOST, Continuous, OutOfMemory
+from distill.continuous import Continuous, Stopped
 from distill.drawing import Draw, Uniforms, cuts, is_drawn, looks_back, penalties
 from distill.local_model import PLACE, free_bytes, load_model, release
 from distill.local_scores import Kept, Scorer
@@ -87,6 +87,7 @@ class TransformersTeacher:
         if self.batching == "auto" and self.device.type == "cuda":
             self.batching = "continuous"
         self._side = self.options.batch_size or SIDE[self.device.type]
+        self._halved = 0  # how often memory ran out under continuous batching
         self._scorer: Scorer | None = None
 
     @property
@@ -282,9 +283,10 @@ class TransformersTeacher:
         longest = max(map(_length, ahead)), max(map(self._limit, ahead))
         side = self.options.batch_size or (None if self.device.type == "cuda" else self._side)
         pinned = self.options.batching == "continuous"
-        for halved in range(MOST.bit_length() + 1):
-            stream = Continuous(self.model, self.facts, ahead[0].sampling, self._limit, side, longest, halved)
-            error: OutOfMemory | EngineError | None = None
+        while True:
+            sampling = ahead[0].sampling
+            stream = Continuous(self.model, self.facts, sampling, self._limit, side, longest, self._halved)
+            reason, memory = "", False
             try:
                 with closing(stream.answers(requests)) as answers:
                     for answer in answers:
@@ -292,21 +294,24 @@ class TransformersTeacher:
                             timed.tokens += len(answer.ids)
                             timed.seconds = stream.ended - stream.began
                         yield self._completion(answer.request, answer.ids, answer.seconds)
-            except (OutOfMemory, EngineError) as failed:
-                error = failed
+            except Stopped as stopped:
+                reason, memory = stopped.reason, stopped.memory
             yield from empty
-            if error is None:
+            if not reason:
                 return
             empty.clear()
             requests = chain(list(stream.waiting.values()), requests)
-            if isinstance(error, OutOfMemory) and stream.width > 1:
+            if memory and stream.width > 1:
                 release(self.device)
+                self._halved += 1
                 self._note(f"memory ran out: {stream.width // 2} answers side by side from now on")
+            elif pinned and memory:
+                raise self._too_large(max(ahead, key=_length))
             elif pinned:
-                raise error if isinstance(error, EngineError) else self._too_large(max(ahead, key=_length))
+                raise EngineError(f"continuous batching stopped ({reason})", f"{PLACE}.batching", "set it to plain")
             else:
                 self.batching = "plain"
-                self._note(f"batches are plain from now on: {error}")
+                self._note(f"continuous batching stopped ({reason}): batches are plain from now on")
                 yield from self._plainly(requests)
                 return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from data_prep.rows import Row
 from recipes.schema_teacher import Contaminated
 
 RUN = 3  # words of the runs that similarity is counted in
-COMMON_LINES, COMMON_SHARE = 20, 0.05  # a line in more prompts than these is an instruction, and says nothing of a row
+COMMON = 20  # a line in more prompts is an instruction or a passage, by which rows are not told to be alike
 _ROWS = 2048  # sketched together
 
 Runs = frozenset[tuple[str, ...]]
@@ -25,15 +26,15 @@ def near_duplicates(prompts: Sequence[str], answers: Sequence[str], threshold: f
 
     Two rows are nearly the same where prompt and answer together, the answers, and those lines of the prompts that the
     two do not share are each at least as similar as the threshold (Jaccard, of word 3-grams): two questions about one
-    long passage are two rows, and so are two different answers to one long prompt. Instructions that stand in many
-    prompts are left out. Prompt and answer together are compared by MinHash (data_prep/near_dup.py), so pairs close to
-    the threshold may come out either way (standard error at most 0.044), the same at every run.
+    long passage are two rows, and so are two different answers to one long prompt. Prompt and answer together are
+    compared by MinHash (data_prep/near_dup.py), without lines that stand in many prompts; pairs close to the threshold
+    may come out either way (standard error at most 0.044), the same at every run.
 
     Args:
         prompts, answers: of each row, the earlier rows first.
     """
-    lines = _without_instructions(prompts, [_lines(prompt) for prompt in prompts])
-    texts = ["\n".join((*own, answer)) for own, answer in zip(lines, answers, strict=True)]
+    lines = [_lines(prompt) for prompt in prompts]
+    texts = ["\n".join((*own, answer)) for own, answer in zip(_own(prompts, lines), answers, strict=True)]
     starts = range(0, len(texts), _ROWS)
     parts = [sketch(texts[i : i + _ROWS], RUN, threshold) for i in progress(starts, "comparing answers", len(starts))]
     if not parts:
@@ -42,46 +43,51 @@ def near_duplicates(prompts: Sequence[str], answers: Sequence[str], threshold: f
     join_similar(forest, parts, np.ones(len(texts), dtype=np.bool_), threshold)
     heads = forest.heads()
     signatures = np.concatenate([part.signatures for part in parts])
-    runs: dict[int, Runs] = {}
-
-    def alike(one: int, other: int) -> bool:
-        for row in (one, other):
-            if row not in runs:
-                runs[row] = _runs(answers[row])
-        if _jaccard(runs[one], runs[other]) < threshold:
-            return False
-        if lines[one] == lines[other]:
-            return True
-        mine, theirs = (
-            _runs("\n".join(line for line in lines[a] if line not in set(lines[b])))
-            for a, b in ((one, other), (other, one))
-        )
-        return _jaccard(mine, theirs) >= threshold
-
     found: dict[int, int] = {}
     order = np.argsort(heads, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(heads[order])) + 1):
-        kept: list[int] = []
-        for row in members.tolist() if len(members) > 1 else []:
-            near = similarity(signatures[kept], signatures[[row]]) >= threshold if kept else np.zeros(0, dtype=np.bool_)
-            first = next((kept[i] for i in np.flatnonzero(near).tolist() if alike(kept[i], row)), None)
-            if first is None:
-                kept.append(row)
-            else:
+        if len(members) == 1:
+            continue
+        runs = {row: _runs(answers[row]) for row in members.tolist()}
+        kept: dict[tuple[str, ...], list[int]] = {}  # rows by the first runs of their answers
+        for row in members.tolist():
+            heading = _first_runs(runs[row], threshold)
+            met = np.array(sorted({other for run in heading for other in kept.get(run, ())}), dtype=np.int64)
+            near = met[similarity(signatures[met], signatures[[row]]) >= threshold].tolist()
+            alike = (o for o in near if _jaccard(runs[o], runs[row]) >= threshold)
+            first = next((o for o in alike if _ask_alike(lines[o], lines[row], threshold)), None)
+            if first is not None:
                 found[row] = first
+                continue
+            for run in heading:
+                kept.setdefault(run, []).append(row)
     return found
+
+
+def _ask_alike(one: tuple[str, ...], other: tuple[str, ...], threshold: float) -> bool:
+    """Whether the lines that two prompts do not share are similar."""
+    if one == other:
+        return True
+    shared = set(one) & set(other)
+    mine, theirs = (_runs("\n".join(line for line in lines if line not in shared)) for lines in (one, other))
+    return _jaccard(mine, theirs) >= threshold
+
+
+def _first_runs(runs: Runs, threshold: float) -> list[tuple[str, ...]]:
+    """The first runs in alphabetical order, so many that two answers as similar as the threshold have one in common
+    (prefix filtering, Chaudhuri, Ganti and Kaushik 2006)."""
+    return sorted(runs)[: len(runs) - math.ceil(threshold * len(runs) - 1e-9) + 1] or [()]
 
 
 def _lines(prompt: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line for line in map(str.strip, prompt.split("\n")) if line))
 
 
-def _without_instructions(prompts: Sequence[str], lines: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def _own(prompts: Sequence[str], lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The lines of each prompt that stand in few others; all of them where none does."""
     distinct = dict(zip(prompts, lines, strict=True))
     held = Counter(line for own in distinct.values() for line in own)
-    most = max(COMMON_LINES, COMMON_SHARE * len(distinct))
-    common = {line for line, count in held.items() if count > most}
-    return [tuple(line for line in own if line not in common) or own for own in lines] if common else lines
+    return [tuple(line for line in own if held[line] <= COMMON) or own for own in lines]
 
 
 def _runs(text: str) -> Runs:

@@ -236,14 +236,14 @@ def final_answer(answer: str) -> str:
         if said and (plain := _plain(said[-1])):
             return plain
     last = text.rpartition("\n")[2]
-    if _NUMBER_LINE.fullmatch(last):
+    if len(last) <= SHOWN and _NUMBER_LINE.fullmatch(last):
         return _plain(last)
     return _plain(text) if len(text) <= LONG else " ".join(text.casefold().split())
 
 
 def _last_boxed(text: str) -> str | None:
-    """The content of the last box, whose braces may hold others."""
-    for found in reversed(list(_BOXED.finditer(text))):
+    """The content of the last box that is closed, whose braces may hold others."""
+    for found in list(_BOXED.finditer(text))[:-9:-1]:  # a loop may open thousands
         depth = 1
         for end in range(found.end(), len(text)):
             depth += {"{": 1, "}": -1}.get(text[end], 0)

@@ -292,6 +292,8 @@ def _unverified(candidate: Candidate, options: Verified) -> str | None:
 
 def _votes(group: Sequence[Candidate]) -> dict[Candidate, int]:
     """How many of a prompt's samples come to each one's answer; 0 for a sample that was cut or is empty."""
+    if len(group) < 2:
+        return dict.fromkeys(group, 1)
     finals = {c: "" if c.completion.truncated else c.calls or final_answer(c.answer) for c in group}
     counts = Counter(final for final in finals.values() if final)
     return {c: counts[final] for c, final in finals.items()}

@@ -7,7 +7,6 @@ used, and a rerun asks only for what is not there.
 from __future__ import annotations
 
 import fcntl
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -23,8 +22,8 @@ from data_prep.pairing import load_teacher_tokenizer, require_pair
 from data_prep.prepare import Prepared, prepare
 from data_prep.rows import Message, Row, before_answer
 from distill import answers, pairs, scoring
-from distill.answers import PROMPT, Work
-from distill.filters import Candidate, Judged, Verify, judge
+from distill.answers import Work
+from distill.filters import PROMPT, Candidate, Judged, Verify, judge
 from distill.journal import Journal
 from distill.meter import Meter
 from distill.rounds import Asked, Asker, Thread, going_on, student_row
@@ -60,6 +59,8 @@ class Stage:
     work: Work = field(default_factory=Work)
     opened: Teacher | None = None
     captured: scoring.Capture | None = None
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
+    noted: bool = False
 
     @property
     def folder(self) -> Path:
@@ -88,7 +89,27 @@ class Stage:
         for one in asked:
             yield one, found[one.request.key]
 
+    def note_session(self) -> None:
+        """Write down what asking the teacher took, once."""
+        if self.journal.calls_made and not self.noted:
+            assert self.recipe.teacher is not None
+            entry = {
+                "began": self.began.isoformat(timespec="seconds"),
+                "seconds": round((datetime.now(UTC) - self.began).total_seconds(), 3),
+                "calls": self.journal.calls_made,
+                "engine": self.recipe.teacher.engine.name,
+                "shard": list(self.shard),
+            }
+            answers.write_lines(self.folder / "sessions.jsonl", [*answers.read_sessions(self.folder), entry])
+            self.noted = True
+
+    def stop_capturing(self) -> None:
+        if self.captured is not None:
+            self.captured.close()
+        self.captured = None
+
     def close(self) -> None:
+        self.stop_capturing()
         if self.opened is not None:
             self.opened.close()
 
@@ -120,7 +141,6 @@ def generate(recipe: Recipe, verify: Verify | None = None, shard: Shard = (1, 1)
     folder = recipe.run_dir / TEACHER
     identity = identity_of(recipe)
     backend = tokenizer.backend if tokenizer is not None else None
-    began, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     with Journal(folder / "journal", shard) as journal:
         answers.write_json(folder / "identity.json", identity)
         for note in journal.notes:
@@ -130,7 +150,7 @@ def generate(recipe: Recipe, verify: Verify | None = None, shard: Shard = (1, 1)
             stats = _run(stage, rows, held_out, prompts, verify, verdict, assets, words)
         finally:
             stage.close()
-            _note_session(folder, began, time.monotonic() - clock, stage)
+            stage.note_session()
     return stats
 
 
@@ -152,8 +172,7 @@ def _run(
     if waits(recipe):
         candidates = list(_ask_all(stage, mine))
         students = pairs.student_answers(recipe, mine, stage.shard, stage.say) if pairs.needed(recipe) else {}
-        if stage.captured is not None:
-            stage.captured.close()
+        stage.stop_capturing()
         if whole:
             judged = judge(candidates, recipe, verify, held_out)
             _write_student_rows(stage, judged, students, verify, prompts, verdict, assets)
@@ -167,7 +186,8 @@ def _run(
             scoring.score_rows(stage, verdict)
         return stats
     if waits(recipe):
-        sessions = [*answers.read_sessions(folder), {"seconds": 0.0}]
+        stage.note_session()
+        sessions = answers.read_sessions(folder)
         answers.write_json(folder / "summary.json", answers.summary(recipe, stage.work, judged, words, sessions))
         rejects = [answers.reject_line(*item) for item in judged.rejected]
         answers.write_lines(folder / "rejected.jsonl", [*rejects, *stage.work.rejected_early])
@@ -343,18 +363,3 @@ def _write_held_out(
     answers.write_lines(stage.folder / "answers.jsonl", lines)
     if waits(recipe):
         answers.write_rows(stage.folder, ROWS[1], rows, recipe, verdict, assets, prompts.folder)
-
-
-def _note_session(folder: Path, began: str, seconds: float, stage: Stage) -> None:
-    if not stage.journal.calls_made:
-        return
-    sessions = answers.read_sessions(folder)
-    assert stage.recipe.teacher is not None
-    entry = {
-        "began": began,
-        "seconds": round(seconds, 3),
-        "calls": stage.journal.calls_made,
-        "engine": stage.recipe.teacher.engine.name,
-        "shard": list(stage.shard),
-    }
-    answers.write_lines(folder / "sessions.jsonl", [*sessions, entry])

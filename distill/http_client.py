@@ -53,7 +53,8 @@ class Bucket:
         now = self.now()
         self.level = min(self.most, self.level + (now - self.at) * self.rate)
         self.at = now
-        return max(0.0, (min(amount, self.most) - self.level) / self.rate)
+        lacking = min(amount, self.most) - self.level
+        return lacking / self.rate if lacking > 1e-6 else 0.0
 
     def take(self, amount: float) -> None:
         self.level -= amount
@@ -84,6 +85,7 @@ class Client:
     prompts: str = "messages"
     optional: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    streams: set[Callable[[], None]] = field(default_factory=set, init=False)  # what ends each that is under way
     refused: set[str] = field(default_factory=set, init=False)
     renamed: bool = field(default=False, init=False)  # max_tokens is called max_completion_tokens
 
@@ -91,6 +93,11 @@ class Client:
         for library in ("httpx", "httpcore"):  # they log addresses and headers
             logger = logging.getLogger(library)
             logger.setLevel(max(logger.level, logging.WARNING))
+
+    def close(self) -> None:
+        """End the streams under way, from whatever thread: whoever waits for them gets an EngineError."""
+        for end in list(self.streams):
+            end()
 
     def list_models(self) -> None:
         """Ask every endpoint for its list of models, and tell `listed`.
@@ -123,7 +130,7 @@ class Client:
             except ValueError:
                 return True
             self.listed(url, listing)
-        return response.status_code < 500
+        return response.status_code not in {502, 503, 504}  # a server without such a list is alive too
 
     def settings(self, url: str) -> dict[str, Any]:
         """Arguments of an httpx client."""

@@ -34,15 +34,22 @@ class Again(Exception):
     Attributes:
         reason: what happened, in words.
         endpoint_ill: it speaks against the endpoint, not only against this request.
+        lost: the connection failed: it may be another server that listens there next.
         hold: seconds for which the endpoint wants no requests; None where it does not say.
         busy: the endpoint is well and has too much to do.
     """
 
     def __init__(
-        self, reason: str, *, endpoint_ill: bool = False, hold: float | None = None, busy: bool = False
+        self,
+        reason: str,
+        *,
+        endpoint_ill: bool = False,
+        lost: bool = False,
+        hold: float | None = None,
+        busy: bool = False,
     ) -> None:
         super().__init__(reason)
-        self.reason, self.endpoint_ill, self.hold, self.busy = reason, endpoint_ill, hold, busy
+        self.reason, self.endpoint_ill, self.lost, self.hold, self.busy = reason, endpoint_ill, lost, hold, busy
 
 
 @dataclass(frozen=True)

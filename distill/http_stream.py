@@ -4,9 +4,10 @@ The requests run in one thread with an event loop of its own, which lives as lon
 They are taken from their iterable in the caller's thread, a bounded number ahead of the answers.
 
 An answer that fails is tried again after a pause drawn evenly from 0 to a limit that doubles ("full jitter": Brooker
-2015, "Exponential Backoff And Jitter", AWS Architecture Blog). An endpoint that fails several times in a row is set
-aside and only asked for its list of models, in growing intervals, until it answers again; requests wait meanwhile and
-lose no tries. An endpoint that says 429 gets fewer requests at a time, and slowly more again.
+2015, "Exponential Backoff And Jitter", AWS Architecture Blog). An endpoint that fails several times in a row, or whose
+connection breaks, is set aside and only asked for its list of models, in growing intervals, until it answers again and
+still serves the same; requests wait meanwhile and lose no tries. An endpoint that says 429 gets fewer requests at a
+time, and slowly more again.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def stream(client: Client, calls: Iterable[Call], ordered: bool = False) -> Iter
     following, more = 0, True
     run = _Run(client)
     run.start()
+    client.streams.add(run.give_up)
     try:
         while True:
             while more and len(asked) < ahead:
@@ -107,6 +109,7 @@ def stream(client: Client, calls: Iterable[Call], ordered: bool = False) -> Iter
                 yield asked.pop(following), done.pop(following)
                 following += 1
     finally:
+        client.streams.discard(run.give_up)
         run.stop()
 
 
@@ -132,6 +135,9 @@ class _Run:
             self.results.put((job.number, None))
         else:
             self.loop.call_soon_threadsafe(self.pending.put_nowait, job)
+
+    def give_up(self) -> None:
+        self.results.put((-1, EngineError("the teacher was closed while it was asked")))
 
     def stop(self) -> None:
         if self.thread.is_alive():
@@ -231,7 +237,7 @@ class _Run:
         if again.endpoint_ill:
             endpoint.failures += 1
             endpoint.reason = again.reason
-            if endpoint.failures >= ASIDE_AFTER and not endpoint.aside:
+            if (again.lost or endpoint.failures >= ASIDE_AFTER) and not endpoint.aside:
                 self._set_aside(endpoint)
         gets_on = again.busy and job.last is endpoint and endpoint.answers > job.answers  # then it is only slow
         job.last, job.answers = endpoint, endpoint.answers
@@ -258,7 +264,7 @@ class _Run:
         except TimeoutError:
             raise Again(f"no answer in {client.seconds:g} seconds", endpoint_ill=True) from None
         except httpx.HTTPError as error:
-            raise Again(client.why(error), endpoint_ill=True) from None
+            raise Again(client.why(error), endpoint_ill=True, lost=True) from None
         if response.status_code != 200:
             text = response.text
             if client.adapts(response.status_code, text, sent) and client.body(call) != sent:
@@ -290,7 +296,6 @@ class _Run:
         endpoint.aside = True
         if all(e.aside for e in self.endpoints) and self.dark_since is None:
             self.dark_since = self.loop.time()
-        self.client.notes.append(f"{shown(endpoint.url)}: set aside ({endpoint.reason})")
         self._spawn(self._revive(endpoint))
 
     async def _revive(self, endpoint: Endpoint) -> None:
@@ -299,16 +304,21 @@ class _Run:
         Raises:
             EngineError: all endpoints are gone for too long, or it came back as another.
         """
-        patience = max(PATIENCE, self.client.seconds)
+        patience, noted = max(PATIENCE, self.client.seconds), False
         while True:
-            pause = min(LONGEST_ASIDE, FIRST_ASIDE * 2 ** min(endpoint.setbacks, 16))
-            await asyncio.sleep(random.uniform(pause / 2, pause))
-            endpoint.setbacks += 1
+            if endpoint.failures >= ASIDE_AFTER:  # else a connection broke, which is looked into at once
+                if not noted:
+                    self.client.notes.append(f"{shown(endpoint.url)}: set aside ({endpoint.reason})")
+                    noted = True
+                pause = min(LONGEST_ASIDE, FIRST_ASIDE * 2 ** min(endpoint.setbacks, 16))
+                await asyncio.sleep(random.uniform(pause / 2, pause))
+                endpoint.setbacks += 1
             try:
                 if self.client.told(endpoint.url, await endpoint.http.get(endpoint.url + "/models")):
                     break
             except httpx.HTTPError as error:
                 endpoint.reason = self.client.why(error)
+            endpoint.failures = max(endpoint.failures, ASIDE_AFTER)
             if self.dark_since is not None and self.loop.time() - self.dark_since > patience:
                 reasons = "; ".join(f"{shown(e.url)}: {e.reason}" for e in self.endpoints)
                 raise EngineError(
@@ -317,6 +327,7 @@ class _Run:
                     "start the server again, and run the stage again: what was answered is kept",
                 )
         endpoint.aside, self.dark_since = False, None
-        endpoint.failures = ASIDE_AFTER - 1  # the next failure sets it aside again, the next answer clears it
-        self.client.notes.append(f"{shown(endpoint.url)}: back")
+        endpoint.failures = min(endpoint.failures, ASIDE_AFTER - 1)  # one more sets it aside again, an answer clears it
+        if noted:
+            self.client.notes.append(f"{shown(endpoint.url)}: back")
         self.changed.set()

@@ -10,8 +10,8 @@ from typing import Any
 from data_prep.completions import split_thinking
 from data_prep.rows import Row, before_answer
 from data_prep.tokens import load_tokenizer
-from distill.answers import PROMPT, answer_message, pair
-from distill.filters import Candidate, Judged, Verify
+from distill.answers import answer_message, pair
+from distill.filters import PROMPT, Candidate, Judged, Verify
 from distill.journal import Journal
 from distill.meter import Meter
 from distill.rounds import Asker, Thread

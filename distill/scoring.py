@@ -34,12 +34,10 @@ class Capture:
             return
         ids = [*request.prompt_ids, *completion.token_ids]
         mask = [False] * len(request.prompt_ids) + [True] * len(completion.token_ids)
-        key = row_key(ids, mask)
-        if key not in self.writer.known:
-            self.writer.add(key, completion.sparse)
+        self.writer.add(row_key(ids, mask), completion.sparse)
 
     def close(self) -> None:
-        self.writer.flush()
+        self.writer.close(finished=False)
 
 
 def about(recipe: Recipe, tokenizer: Tokenizer, identity: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +58,9 @@ def capture(recipe: Recipe, tokenizer: Tokenizer, identity: dict[str, Any], shar
 
 
 def _writer(recipe: Recipe, tokenizer: Tokenizer, identity: dict[str, Any], shard: Shard) -> LogitWriter:
-    return LogitWriter(recipe.run_dir / LOGITS, about(recipe, tokenizer, identity))
+    number, of = shard
+    name = "main" if of == 1 else f"shard{number}of{of}"
+    return LogitWriter(recipe.run_dir / LOGITS, about(recipe, tokenizer, identity), writer=name)
 
 
 def score_rows(stage: Stage, verdict: Verdict) -> None:
@@ -73,21 +73,21 @@ def score_rows(stage: Stage, verdict: Verdict) -> None:
     writer = _writer(recipe, prepared.tokenizer, stage.identity, stage.shard)
     for note in writer.notes:
         stage.say(f"note: {note}")
-    missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in writer.known}
-    stage.say(f"distributions: {len(set(keys)) - len(missing):,} of {len(set(keys)):,} rows have them already")
-    if missing:
+    finished = False
+    try:
+        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in writer.known}
+        stage.say(f"distributions: {len(set(keys)) - len(missing):,} of {len(set(keys)):,} rows have them already")
         with Meter("rows scored", len(missing), stage.say) as meter:
-            for key, row, sparse in _scores(stage, missing):
+            for key, row, sparse in _scores(stage, missing) if missing else ():
                 writer.add(key, sparse)
                 meter.step(sum(row["loss_mask"]))
-    if of == 1:
-        found = writer.close()
-        stage.say(
-            f"logits: {found['rows']:,} rows, {found['positions']:,} tokens, {found['bytes_per_token']:.0f} bytes a "
-            f"token, {found['head_mass']:.3f} of the teacher's mass among the kept tokens"
-        )
-    else:
-        writer.flush()
+        finished = of == 1
+    finally:
+        found = writer.close(finished, {"verdict": verdict.as_dict(), "recipe": recipe.resolved()})
+    stage.say(
+        f"logits: {found['rows']:,} rows, {found['positions']:,} tokens, {found['bytes_per_token']:.0f} bytes a "
+        f"token, {found['head_mass']:.3f} of the teacher's mass among the kept tokens"
+    )
 
 
 def _scores(stage: Stage, missing: dict[str, Row]) -> Iterator[tuple[str, Row, Any]]:

@@ -100,6 +100,16 @@ WATCHED = {
     "completions/mean_length": "completion_length",
     "completions/clipped_ratio": "truncated_share",
     "sampling/sampling_logp_difference/mean": "engine_logp_difference",
+    # of finetune/losses.py: the student against the cached distributions
+    "divergence": "divergence",
+    "token_loss": "token_loss",
+    "head_mass": "head_mass",
+    "student_head_mass": "student_head_mass",
+    "agreement": "agreement",
+    "calibration_error": "calibration_error",
+    # of GOLD, across tokenizers
+    "matched_loss": "matched_loss",
+    "unmatched_loss": "unmatched_loss",
 }
 _REWARD = re.compile(r"^rewards/([\w#]+)/mean$")
 

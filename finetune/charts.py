@@ -138,24 +138,80 @@ def bar_chart(
     """
     if not any(counts):
         return None
-    reach, highest = len(counts) * step, nice_ticks(0, max(counts), 5)
-    left, right, top, bottom = 62.0, width - 14, 20.0 + 18 * len(marks), height - 44
-    slot = (right - left) / len(counts)
+    slots = [
+        (n * step, (n + 1) * step, counted, f"{n * step + 1:,} to {(n + 1) * step:,} {axis}: {_times(counted, 'row')}")
+        for n, counted in enumerate(counts)
+    ]
+    reach = len(counts) * step
+    said = f"{title}: {sum(counts):,} rows of up to {reach:,} {axis}"
+    return _upright(said, slots, (0, reach), width=width, height=height, axis=axis, marks=marks)
 
-    def bar(number: int, counted: int) -> Bar:
-        high = max(1.5, counted / highest[-1] * (bottom - top))  # one row among thousands stays visible
-        text = (
-            f"{number * step + 1:,} to {(number + 1) * step:,} {axis}: {counted:,} {'row' if counted == 1 else 'rows'}"
-        )
-        return Bar(left + number * slot, bottom - high, slot - min(1.5, slot / 4), high, text)
+
+def spread_chart(
+    title: str,
+    counts: Sequence[float],
+    edges: Sequence[float],
+    *,
+    reach: tuple[float, float],
+    width: float,
+    height: float,
+    axis: str,
+    noun: str,
+) -> BarChart | None:
+    """A histogram of whole numbers that were counted in bars with given edges, or None where nothing was counted.
+
+    Args:
+        counts: how many lie in each bar, (n,).
+        edges: ascending, (n + 1,); a bar holds what is at least its lower edge and below its upper one, the last bar
+            its upper edge too.
+        reach: the ends of the x axis, which several charts may share.
+        noun: what is counted, in the singular.
+    """
+    if not any(counts):
+        return None
+
+    def within(n: int) -> str:
+        first = math.ceil(edges[n])
+        last = math.floor(edges[n + 1]) if n == len(counts) - 1 else math.ceil(edges[n + 1]) - 1
+        return f"{first:,} {axis}" if last <= first else f"{first:,} to {last:,} {axis}"
+
+    slots = [
+        (edges[n], edges[n + 1], counted, f"{within(n)}: {_times(counted, noun)}") for n, counted in enumerate(counts)
+    ]
+    said = f"{title}: {_times(sum(counts), noun)} of {math.ceil(edges[0]):,} to {math.floor(edges[-1]):,} {axis}"
+    return _upright(said, slots, reach, width=width, height=height, axis=axis)
+
+
+def _times(counted: float, noun: str) -> str:
+    return f"{counted:,.0f} {noun if counted == 1 else f'{noun}s'}"
+
+
+def _upright(
+    summary: str,
+    slots: Sequence[tuple[float, float, float, str]],
+    reach: tuple[float, float],
+    *,
+    width: float,
+    height: float,
+    axis: str,
+    marks: Sequence[tuple[str, float]] = (),
+) -> BarChart:
+    """Bars that stand on the x axis: (from, to, how many, the bar in words) each."""
+    highest = nice_ticks(0, max(counted for _, _, counted, _ in slots), 5)
+    left, right, top, bottom = 62.0, width - 14, 20.0 + 18 * len(marks), height - 44
 
     def to_x(value: float) -> float:
-        return left + value / reach * (right - left)
+        return left + (value - reach[0]) / (reach[1] - reach[0]) * (right - left)
 
-    x_values = [t for t in nice_ticks(0, reach, 6) if t <= reach]
+    def bar(start: float, end: float, counted: float, text: str) -> Bar:
+        high = max(1.5, counted / highest[-1] * (bottom - top))  # one row among thousands stays visible
+        slot = to_x(end) - to_x(start)
+        return Bar(to_x(start), bottom - high, slot - min(1.5, slot / 4), high, text)
+
+    x_values = [t for t in nice_ticks(*reach, 6) if reach[0] <= t <= reach[1]]
     y_values = [t for t in highest if t == int(t)]
     return BarChart(
-        summary=f"{title}: {sum(counts):,} rows of up to {reach:,} {axis}",
+        summary=summary,
         axis=axis,
         width=width,
         height=height,
@@ -164,9 +220,70 @@ def bar_chart(
         bottom=bottom,
         x_ticks=place_ticks(x_values, to_x),
         y_ticks=place_ticks(y_values, lambda t: bottom - t / highest[-1] * (bottom - top)),
-        bars=[bar(number, counted) for number, counted in enumerate(counts) if counted],
+        bars=[bar(*slot) for slot in slots if slot[2]],
         marks=[Point(to_x(value), 14.0 + 18 * n, label) for n, (label, value) in enumerate(marks)],
     )
+
+
+@dataclass(frozen=True)
+class FunnelStep:
+    """A bar of a funnel. `rest` is the width of what was left before it, drawn faintly; `kind` is all, lost or kept."""
+
+    label: str
+    y: float
+    x: float
+    width: float
+    rest: float
+    kind: str
+    value: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Funnel:
+    summary: str
+    width: float
+    height: float
+    left: float
+    right: float
+    steps: list[FunnelStep]
+
+
+def funnel(
+    title: str, whole: tuple[str, float], losses: Sequence[tuple[str, float]], kept: tuple[str, float]
+) -> Funnel | None:
+    """What was there, what each step took away from the rest, and what was kept: lying bars, from top to bottom.
+
+    Args:
+        whole, losses, kept: (label, how many) each, none below zero. Where the losses and what is kept are more than
+            the whole, the whole is drawn as their sum.
+
+    Returns:
+        None where there was nothing.
+    """
+    most = max(whole[1], kept[1] + sum(n for _, n in losses))
+    if not most > 0:
+        return None
+    width, left, right, row = 510.0, 158.0, 376.0, 30.0
+
+    def long(n: float) -> float:
+        return n / most * (right - left)
+
+    def step(place: int, label: str, n: float, before: float, kind: str) -> FunnelStep:
+        start = left + long(max(0.0, before - n)) if kind == "lost" else left
+        share = f"{100 * n / most:.1f}%"
+        said = f"{label}: {n:,.0f}, {share}"
+        value = f"{n:,.0f}" if kind == "all" else f"{n:,.0f} · {share}"
+        wide = max(long(n), 1.5 if n else 0.0)
+        return FunnelStep(shortened(label, 18), 10 + row * place, start, wide, long(before), kind, value, said)
+
+    steps, before = [step(0, *whole, most, "all")], most
+    for label, n in losses:
+        steps.append(step(len(steps), label, n, before, "lost"))
+        before -= n
+    steps.append(step(len(steps), *kept, kept[1], "kept"))
+    summary = f"{title}: {'; '.join(one.text for one in steps)}"
+    return Funnel(summary, width, 16 + row * len(steps), left, right, steps)
 
 
 def interval_plot(

@@ -1,4 +1,7 @@
-"""Base against tuned, in words: what eval.json holds, how far the values are apart, and what may be said of it."""
+"""Base against tuned, in words: what eval.json holds, how far the values are apart, and what may be said of it.
+
+Where a teacher answered the same rows, its values stand beside theirs, and the tuned model is called the student.
+"""
 
 from __future__ import annotations
 
@@ -31,25 +34,38 @@ def _wording(name: str) -> Callable[[Any], str]:
 
 
 def compared(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry per metric: values and intervals worded, the change, how it is to be read, and its plot."""
+    """One entry per metric: values and intervals worded, the change, how it is to be read, and its plot.
+
+    `teacher` is None where the metric was not measured of a teacher, or there is none; `gap` says how far the student
+    came on the way from its base to its teacher.
+    """
     found = evaluation.get("metrics")
     found = {str(k): v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
     order = [*(n for n in METRIC_NAMES if n in found), *(n for n in found if n not in METRIC_NAMES)]
-    return [_metric(name, found[name]) for name in order]
+    student = "student" if any(number(dig(v, "teacher", "value")) is not None for v in found.values()) else "tuned"
+    return [_metric(name, found[name], student) for name in order]
 
 
-def _metric(name: str, result: dict[str, Any]) -> dict[str, Any]:
+def student_of(metrics: list[dict[str, Any]]) -> str:
+    """What the tuned model is called beside these metrics."""
+    return next((metric["student"] for metric in metrics), "tuned")
+
+
+def _metric(name: str, result: dict[str, Any], student: str) -> dict[str, Any]:
     say, title = _wording(name), METRIC_NAMES.get(name, name.replace("_", " ").capitalize())
     sides: dict[str, Any] = {}
     estimates = []
-    for who in ("base", "tuned"):
+    for who in ("base", "tuned", "teacher"):
         value, low, high = (number(dig(result, who, key)) for key in ("value", "low", "high"))
         interval = "" if low is None or high is None else f"{say(low)} to {say(high)}"
         sides[who] = {"value": say(value), "interval": interval, "number": value, "low": low, "high": high}
         if value is not None:
+            called = student if who == "tuned" else who
             estimates.append(
-                (who, value, low, high, f"{who} {say(value)}" + (f", interval {interval}" if interval else ""))
+                (who, value, low, high, f"{called} {say(value)}" + (f", interval {interval}" if interval else ""))
             )
+    if sides["teacher"]["number"] is None:
+        sides["teacher"] = None
     plot = None
     if estimates:
         in_percent = name in PERCENT
@@ -60,14 +76,48 @@ def _metric(name: str, result: dict[str, Any]) -> dict[str, Any]:
             scale=100.0 if in_percent else 1.0,
             unit="%" if in_percent else "",
         )
+    change = _change(name, sides, result)
     return {
         "key": name,
         "title": title,
         **sides,
         "p": p_value(result.get("p_value")),
+        "teacher_p": p_value(result.get("teacher_p_value")),
         "plot": plot,
-        **_change(name, sides, result),
+        "student": student,
+        **change,
+        "gap": _gap(name, sides, number(result.get("teacher_p_value")), change["kind"]),
     }
+
+
+def _gap(name: str, sides: dict[str, Any], p: float | None, kind: str) -> str:
+    """How much of the way from base to teacher the student went, where there is a way and it was measured.
+
+    Args:
+        p: of student against teacher. kind: how the change from base to student is read.
+    """
+    base, tuned, teacher = sides["base"], sides["tuned"], sides["teacher"]
+    if teacher is None or base["number"] is None or tuned["number"] is None:
+        return ""
+    sign = -1 if name in LOWER_IS_BETTER else 1
+    ahead, gained = (sign * (side["number"] - base["number"]) for side in (teacher, tuned))
+    best, worst = ("low", "high") if sign > 0 else ("high", "low")
+    ends = teacher[best], base[worst]
+    if ahead <= 0 or (None not in ends and sign * ends[0] <= sign * ends[1]):
+        return "The teacher is not shown to be better than the base here, so there is no gap to close."
+    apart = ""
+    if p is not None:
+        said = p_value(p) if p < 0.001 else f"= {p_value(p)}"
+        apart = f" (p {said})" if p < 0.05 else f"; that the two differ is not shown (p {said})"
+    if gained > ahead:
+        return f"The student stands above its teacher{apart}."
+    if gained == ahead:
+        return f"The student does as well as its teacher{apart}."
+    if gained <= 0:
+        return f"The student closes nothing of the gap to its teacher{apart}."
+    doubt = ", a gain that is not shown to be more than chance" if kind == "plain" else ""
+    rest = "is still below its teacher" if p is not None and p < 0.05 else "is below its teacher"
+    return f"The student closes {percent(gained, ahead)} of the gap between base and teacher{doubt}. It {rest}{apart}."
 
 
 def _change(name: str, sides: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +157,7 @@ def sampled(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "outcomes": Counter(_outcome(row) for row in rows),
         "total": len(rows),
         "generated": any(_generated(row) for row in rows),
+        "taught": any(row.get("teacher") is not None for row in rows),
         "left_out": len(rows) - len(shown),
     }
 
@@ -126,8 +177,8 @@ def _outcome(row: dict[str, Any]) -> str:
 
 
 def _sample(place: int, row: dict[str, Any]) -> dict[str, Any]:
-    texts = {key: row.get(key) for key in ("prompt", "reference", "base", "tuned")}
+    texts = {key: row.get(key) for key in ("prompt", "reference", "base", "tuned", "teacher")}
     words = {"True": "right", "False": "wrong"}
-    marks = {f"{who}_mark": words.get(str(row.get(f"{who}_correct")), "") for who in ("base", "tuned")}
+    marks = {f"{who}_mark": words.get(str(row.get(f"{who}_correct")), "") for who in ("base", "tuned", "teacher")}
     known = {"place": place, "id": str(row.get("_id") or ""), "outcome": _outcome(row), "generated": _generated(row)}
     return {**known, **texts, **marks}

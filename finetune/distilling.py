@@ -1,4 +1,4 @@
-"""The student of a cache of teacher distributions: TRL's SFTTrainer with the sparse divergence in the place of its loss.
+"""The student of a cache of teacher distributions: TRL's SFTTrainer with the sparse divergence for its loss.
 
 The loss is computed inside the model's own forward, so that what is wrapped around it (adapters, autocast, data
 parallelism, sharded weights) works as ever; hidden states go to the head at trained positions alone.
@@ -177,20 +177,12 @@ def add_divergence(model: Any, share: float, temperature: float) -> None:
 def head_layer(model: Any) -> Any:
     """The output layer of a transformers model, the copy that is trained where the adapter has one.
 
-    Raises:
-        RecipeError: the adapter puts low-rank weights on it.
+    Low-rank weights on it would not be seen here; TRL refuses them when the trainer is made.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
     layer = model.get_output_embeddings()
-    if isinstance(layer, ModulesToSaveWrapper):
-        return layer.modules_to_save[layer.active_adapters[0]]
-    if isinstance(layer, BaseTunerLayer):
-        raise RecipeError(
-            "mode logits cannot adapt the output head", "adapter.targets", "leave it out, or name it in modules_to_save"
-        )
-    return layer
+    return layer.modules_to_save[layer.active_adapters[0]] if isinstance(layer, ModulesToSaveWrapper) else layer
 
 
 def head_of(model: Any) -> Head:
@@ -213,7 +205,9 @@ def check_head(model: Any, ids: Sequence[int]) -> None:
     """
     base = base_of(model)
     head = head_of(base)
-    if not head.weight.is_floating_point() or head.weight.numel() == 0 or base.base_model is base:
+    if head.weight.numel() == 0:
+        return  # DeepSpeed has spread it over devices, and gathers it in training only
+    if not head.weight.is_floating_point() or base.base_model is base:
         raise RetortError("mode logits cannot reach the output head of this model", "model.base", "use mode: sequence")
     with evaluating(model), torch.no_grad():
         batch = torch.tensor([list(ids)], device=base.device)
@@ -223,7 +217,7 @@ def check_head(model: Any, ids: Sequence[int]) -> None:
     off = float((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
     if ours.shape != expected.shape or not off < (1e-4 if head.weight.dtype == torch.float32 else 2e-2):
         raise RetortError(
-            f"the model does something after its output head that mode logits does not know (logits differ by {off:.2g})",
+            f"the model does more after its output head than mode logits knows (the logits differ by {off:.2g})",
             "model.base",
             "use mode: sequence",
         )

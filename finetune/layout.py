@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import MemoryFitError, RecipeError
+from recipes.refs import parse_ref
 from recipes.schema import Recipe
-from recipes.schema_method import GRPO
+from recipes.schema_method import GRPO, DistillOnPolicy
 
 CPU_FORWARD_TOKENS = 8192  # more in one forward only spills the processor's caches
 MEMORY_SHARE = 0.85  # of the device; the rest is for the allocator, kernels and other processes
@@ -195,7 +196,7 @@ def plan_layout(
     """
     train = recipe.train
     refuse_impossible(recipe, device, facts)
-    if recipe.method.type == "grpo":
+    if isinstance(recipe.method, GRPO | DistillOnPolicy):
         return _plan_groups(recipe, recipe.method, device, facts, rows, longest, world_size)
     width = train.seq_len if train.packing else longest
     unit = "packs" if train.packing else "rows"
@@ -238,38 +239,41 @@ def plan_layout(
 
 def _plan_groups(
     recipe: Recipe,
-    method: GRPO,
+    method: GRPO | DistillOnPolicy,
     device: Device,
     facts: ModelFacts | None,
     prompts: int,
     longest: int,
     world_size: int,
 ) -> Layout:
-    """The layout of GRPO: whole groups of completions in a step, cut into equal forwards.
+    """The layout of a method whose model answers while it trains: all completions of a step, cut into equal forwards.
 
     Raises:
         RecipeError: the completions of a step cannot be shared out evenly.
     """
     train = recipe.train
-    completions = method.prompts_per_step * method.generations
+    generations, iterations, engine = 1, 1, "plain" if method.vllm is None else "vllm"
+    if isinstance(method, GRPO):
+        generations, iterations, engine = method.generations, method.iterations, method.engine
+    completions = method.prompts_per_step * generations
     if completions % world_size:
         raise RecipeError(
             f"{completions} completions in a step cannot be shared by {world_size} devices",
             "method.prompts_per_step",
-            f"make prompts_per_step x generations a multiple of {world_size}",
+            f"make prompts_per_step{' x generations' if generations > 1 else ''} a multiple of {world_size}",
         )
     per_device = completions // world_size
     width = longest + method.max_new_tokens
     room, checkpointing = _forward_tokens(recipe, device, facts, wanted=per_device * width)
     if train.micro_batch is not None and per_device % train.micro_batch:
         raise RecipeError(f"does not divide the {per_device} completions of a step on a device", "train.micro_batch")
-    if facts is not None and method.engine != "vllm":
+    if facts is not None and engine != "vllm":
         _require_cache(recipe, device, facts, per_device * width)
     most = train.micro_batch or max(1, room // width)
     micro = next(n for n in range(min(most, per_device), 0, -1) if per_device % n == 0)
     epochs = train.epochs if train.epochs is not None else 1.0
-    steps = train.max_steps or max(1, math.ceil(prompts * epochs / method.prompts_per_step)) * method.iterations
-    steps = -(-steps // method.iterations) * method.iterations
+    steps = train.max_steps or max(1, math.ceil(prompts * epochs / method.prompts_per_step)) * iterations
+    steps = -(-steps // iterations) * iterations
     return Layout(
         device=device.kind,
         world_size=world_size,
@@ -280,13 +284,13 @@ def _plan_groups(
         rows_per_step=completions,
         tokens_per_step=completions * width,
         steps=steps,
-        epochs=steps // method.iterations * method.prompts_per_step / prompts,
+        epochs=steps // iterations * method.prompts_per_step / prompts,
         gradient_checkpointing=checkpointing,
         dtype=compute_dtype(recipe, device),
         quantization=recipe.model.quantization,
         estimated_bytes=_estimate(recipe, device, facts, micro * width, checkpointing),
         unit="completions",
-        engine=method.engine,
+        engine=engine,
     )
 
 
@@ -349,7 +353,18 @@ def _fixed_bytes(recipe: Recipe, device: Device, facts: ModelFacts) -> int:
     trained = facts.parameters
     if recipe.adapter is not None:
         trained = facts.layers * recipe.adapter.r * (8 * facts.hidden + 3 * (facts.hidden + facts.intermediate))
-    return weights + trained * (4 + 4 + 8)
+    return weights + trained * (4 + 4 + 8) + _teacher_bytes(recipe, width)
+
+
+def _teacher_bytes(recipe: Recipe, width: int) -> int:
+    """Weights of a teacher that is at work beside the student; 0 where its files are not on this machine yet."""
+    if not isinstance(recipe.method, DistillOnPolicy) or recipe.teacher is None:
+        return 0
+    folder = parse_ref(recipe.teacher.model).path
+    if folder is None or not folder.is_dir():
+        return 0
+    facts = model_facts(folder)
+    return round((0.57 if recipe.teacher.engine.options.quantization == "nf4" else width) * facts.parameters)
 
 
 def _per_token(recipe: Recipe, device: Device, facts: ModelFacts, checkpointing: bool) -> int:

@@ -174,9 +174,13 @@ def _engine(method: DistillOnPolicy) -> dict[str, Any]:
 def _build_gold(job: Job, teacher: Any, tokenizer: Tokenizer) -> Any:
     """TRL's GOLDTrainer: answers aligned by their bytes; tokens that both have are compared as such (hybrid loss).
 
-    Two things differ from TRL's defaults. The teacher reads the prompt in its own chat template, not in the student's
-    as text. Where one side needs several tokens, their probabilities are multiplied in the order of the chain rule
-    (`bayesian`); the default takes the distribution at the first of them, which predicts the second.
+    What differs from TRL's defaults (`train.extra` can put most of it back):
+    - The teacher reads the prompt in its own chat template, not in the student's as text.
+    - Tokens of both are compared by name. Sorted probabilities alone, the original ULD, do not say which token is
+      meant: on the embedded pair 20 steps of it moved the student away from its teacher.
+    - Where one side needs several tokens, their probabilities are multiplied in the order of the chain rule
+      (`bayesian`); the default takes the distribution at the first of them, which predicts the second.
+    - The token that ends the answer counts, or the student would never learn when to stop.
     """
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
     from trl.experimental.utils import is_byte_level_tokenizer
@@ -206,6 +210,8 @@ def _build_gold(job: Job, teacher: Any, tokenizer: Tokenizer) -> Any:
         "use_extended_uld": all(is_byte_level_tokenizer(b.backend_tokenizer) for b in (student, tokenizer.backend)),
         "uld_student_temperature": method.temperature,
         "uld_teacher_temperature": method.temperature,
+        "uld_skip_student_eos": False,
+        "uld_skip_teacher_eos": False,
         "disable_dropout": False,
     }
     config = GOLDConfig(

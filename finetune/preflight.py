@@ -14,10 +14,12 @@ import torch
 from data_prep.tokens import Tokenizer
 from finetune.callbacks import peak_memory
 from finetune.layout import Layout
+from finetune.on_policy import longest_answers
 from finetune.policy import longest_completions
 from finetune.sequences import kept_randomness
 from recipes.errors import MemoryFitError, RecipeError, RetortError, out_of_memory
 from recipes.schema import Recipe
+from recipes.schema_method import DistillOnPolicy
 
 # Fused and expert weights that peft's target_modules cannot reach, because they are parameters and no Linear modules.
 FUSED = {"qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "Wqkv", "W_pack"}
@@ -225,6 +227,8 @@ def longest_batch(trainer: Any, recipe: Recipe, layout: Layout, rows: Sequence[d
     """The batch that needs most memory: the longest rows, or the longest prompts with completions of full length."""
     if recipe.method.type == "grpo":
         return longest_completions(rows, recipe.method, layout.micro_batch, trainer.processing_class.pad_token_id)
+    if isinstance(recipe.method, DistillOnPolicy):
+        return longest_answers(trainer, rows, recipe.method, layout.micro_batch)
     data = trainer.train_dataset
     listed = [data[name] for name, value in data[0].items() if isinstance(value, list)]
     lengths = [max(map(len, parts)) for parts in zip(*listed, strict=True)]

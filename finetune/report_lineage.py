@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from finetune.charts import shortened
 from finetune.lineage_svg import lineage_svg
+from finetune.report_method import mode_of
 from finetune.run_files import DASH, RunFiles, count, dig, number, rows_of
 from recipes.errors import DataError
 from recipes.evidence import from_record
@@ -54,18 +56,19 @@ def lineage(run: RunFiles, verdict: dict[str, Any]) -> dict[str, Graph] | None:
     Args:
         verdict: worded, as the page shows it.
     """
-    if not run.inputs:
+    inputs_there = inputs_of(run)
+    if not inputs_there:
         return None
     effects = {str(r.get("asset")): str(r.get("effect") or "").lower() for r in verdict["reasons"]}
-    inputs = [_input(item, effects.get(str(item.get("ref")), "")) for item in run.inputs[:8]]
-    if len(run.inputs) > 8:
-        inputs.append(_unplaced("and", f"{len(run.inputs) - 8} more inputs", "in the table below"))
-    method = str(dig(run.recipe, "method", "type") or "run")
-    node = _unplaced(method, run.name, verdict["title"].lower(), f"run-{verdict['kind']}")
+    inputs = [_input(item, effects.get(str(item.get("ref")), "")) for item in inputs_there[:8]]
+    if len(inputs_there) > 8:
+        inputs.append(_unplaced("and", f"{len(inputs_there) - 8} more inputs", "in the table below"))
+    method, mode = str(dig(run.recipe, "method", "type") or "run"), mode_of(run).replace("_", " ")
+    node = _unplaced(f"{method}, {mode}" if mode else method, run.name, verdict["title"].lower(), f"run-{verdict['kind']}")
     made = "adapter" if run.recipe.get("adapter") else "model"
     trained = number(run.preflight.get("trainable_parameters"))
     result = _unplaced(made, f"{made}/", f"{count(trained)} parameters" if trained else "", "result")
-    title = f"Lineage: {len(run.inputs)} inputs, the run {run.name}, its {made}"
+    title = f"Lineage: {len(inputs_there)} inputs, the run {run.name}, its {made}"
     return {
         "wide": lineage_wide(title, inputs, node, result),
         "narrow": lineage_narrow(title, inputs, node, result),
@@ -76,9 +79,42 @@ def _unplaced(role: str, name: str, detail: str, state: str = "plain") -> Node:
     return Node(0, 0, 0, 0, role, name, detail, state)
 
 
+def inputs_of(run: RunFiles) -> list[dict[str, Any]]:
+    """The inputs that a run recorded, each with its licence in words; of a distillation the teacher and what it was
+    asked about too. What the teacher wrote is named by its place in the run directory.
+    """
+    found = [item | {"license": license_of(item)} for item in run.inputs]
+    if not found or not mode_of(run):
+        return found
+    for item in found:
+        place = PurePath(str(item.get("ref") or "")).parts[-2:]
+        if place and place[0] == "teacher" and place[-1] in ("rows", "heldout"):
+            written = "its prompts and the teacher's" if place[-1] == "heldout" else "the teacher's"
+            item |= {"ref": "/".join(place), "license": written if item["license"] == "unknown" else item["license"]}
+    asked = [
+        item | {"license": license_of(item), "role": "prompts" if item.get("role") == "data" else item.get("role")}
+        for item in rows_of(run.teacher.prompts.get("inputs"))
+        if not any(other.get("ref") == item.get("ref") for other in found)
+    ]
+    place = next((n for n, item in enumerate(found) if item.get("role") not in ("base", "run")), len(found))
+    return [*found[:place], *_teacher(run, found), *asked, *found[place:]]
+
+
+def _teacher(run: RunFiles, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The teacher as an input: what the recipe names, under the licences that the lineage states."""
+    name = dig(run.recipe, "teacher", "model")
+    if not name or any(item.get("role") == "teacher" for item in known):
+        return []
+    assets = [a for a in rows_of(run.manifest.get("lineage")) if a.get("role") == "teacher"]
+    claims = [claim for asset in assets for claim in rows_of(asset.get("claims"))]
+    stated = next((str(c["stated"]) for c in claims if c.get("stated")), dig(run.recipe, "teacher", "license"))
+    sha256 = run.teacher.identity.get("sha256")
+    return [{"role": "teacher", "ref": str(name), "license": str(stated or "unknown"), "sha256": str(sha256 or "")}]
+
+
 def _input(item: dict[str, Any], effect: str) -> Node:
     state = "bad" if "block" in effect else "care" if "review" in effect or "unknown" in effect else "plain"
-    stated = license_of(item) if item.get("license") or item.get("role") == "run" else "licence unknown"
+    stated = "licence unknown" if item["license"] == "unknown" else item["license"]
     detail = " · ".join(filter(None, (stated, str(item.get("sha256") or "")[:12])))
     return _unplaced(str(item.get("role") or "input"), str(item.get("ref") or DASH), detail, state)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from finetune.run_files import RunFiles, count, dig, number
+from finetune.run_files import DASH, RunFiles, count, dig, number
 from recipes.schema_rewards import RewardTerm
 
 # Short name, the name in full, and how a model is said to be trained.
@@ -17,20 +17,47 @@ METHODS = {
     "reward": ("Reward model", "scores answers, learned from preferences", "as a reward model"),
     "grpo": ("GRPO", "group-relative policy optimisation", "with GRPO"),
 }
+# The same of the modes of a distillation, and the kind of training that each of them is.
+MODES = {
+    "sequence": ("sft", "Distillation (sequence)", "supervised fine-tuning on a teacher's answers"),
+    "logits": ("logits", "Distillation (logits)", "a teacher's distributions, kept beforehand, as soft targets"),
+    "on_policy": ("on_policy", "Distillation (on policy)", "a teacher marks every token of the student's own answers"),
+    "preference": ("dpo", "Distillation (preference)", "DPO of a teacher's answers over the student's"),
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """`kind` is the recipe's word; `trained` completes "a model, trained ..."."""
+    """How a run trained.
+
+    Attributes:
+        kind: what its curves and figures are read as: the recipe's word, or of a distillation what its mode trains by:
+            `sft`, `logits`, `on_policy` or `dpo`.
+        trained: completes "a model, trained ...".
+    """
 
     kind: str
     short: str
     full: str
     trained: str
 
+    @property
+    def writes_itself(self) -> bool:
+        """Whether the rows are prompts, whose answers the model writes while it trains."""
+        return self.kind in ("grpo", "on_policy")
+
+
+def mode_of(run: RunFiles) -> str:
+    """The mode of a distillation; empty where the run is none."""
+    method = run.recipe.get("method")
+    return str(dig(method, "mode") or "sequence") if dig(method, "type") == "distill" else ""
+
 
 def method_of(run: RunFiles) -> Method:
     """The method that the recipe names; one that is not known here keeps its name."""
+    if mode := mode_of(run):
+        kind, short, full = MODES.get(mode, (mode, f"Distillation ({mode.replace('_', ' ')})", ""))
+        return Method(kind, short, full, f"by d{short[1:]}")
     kind = str(dig(run.recipe, "method", "type") or "")
     short, full, trained = METHODS.get(kind, (kind.upper() or "training", "", f"with {kind.upper() or 'a recipe'}"))
     if kind == "sft" and dig(run.recipe, "method", "on") == "text":
@@ -76,9 +103,15 @@ def weighted(terms: list[tuple[str, float]]) -> str:
     return " + ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in terms)
 
 
+def settings_of(run: RunFiles) -> Any:
+    """The section of the recipe with the method's settings; pairs of a distillation are learnt by those of DPO."""
+    method = run.recipe.get("method")
+    return dig(method, "dpo") if mode_of(run) == "preference" else method
+
+
 def loss_of(run: RunFiles) -> str:
     """The loss that a method was told to use, with weights where there are several; empty where it has no choice."""
-    loss = dig(run.recipe, "method", "loss")
+    loss = dig(settings_of(run), "loss")
     if isinstance(loss, dict):
         return weighted([(str(name), number(weight) or 0.0) for name, weight in loss.items()])
     return str(loss) if loss else ""
@@ -86,21 +119,53 @@ def loss_of(run: RunFiles) -> str:
 
 def method_facts(run: RunFiles) -> list[tuple[str, str, str]]:
     """(term, value, hint) of what a reader has to know of the method beside its name."""
-    method, kind = run.recipe.get("method"), method_of(run).kind
-    facts = [("Loss", loss, "")] if (loss := loss_of(run)) else []
+    method, kind = settings_of(run), method_of(run).kind
+    facts = _taught_by(run)
+    facts += [("Loss", loss, "")] if (loss := loss_of(run)) else []
     beta = number(dig(method, "beta"))
     if beta is not None:
         hint = "no reference" if dig(method, "reference_free") is True else ""
         hint = "no pull to the start" if kind == "grpo" and beta == 0 else hint
+        hint = _divergence(beta) if kind == "on_policy" else hint
         facts.append(("Beta", f"{beta:g}", hint))
     prompts, generations = number(dig(method, "prompts_per_step")), number(dig(method, "generations"))
-    if prompts is not None and generations is not None:
+    if prompts is not None and (generations is not None or kind == "on_policy"):
         longest = number(dig(method, "max_new_tokens"))
         hint = f"of up to {count(longest)} tokens" if longest is not None else ""
-        facts.append(("Completions per step", f"{count(prompts)} prompts × {count(generations)}", hint))
+        each = f" prompts × {count(generations)}" if generations is not None else ""
+        facts.append(("Completions per step", f"{count(prompts)}{each}", hint))
     if terms := rewards_of(run):
         facts.append(("Rewards", weighted([(term.name, term.weight) for term in terms]), ""))
     return facts
+
+
+def _taught_by(run: RunFiles) -> list[tuple[str, str, str]]:
+    """Of a distillation: the teacher, what is kept of its distributions, and the share of the plain loss."""
+    mode = mode_of(run)
+    if not mode:
+        return []
+    facts = [("Teacher", str(dig(run.recipe, "teacher", "model") or DASH), "")]
+    if mode == "logits":
+        if said := kept_of_distributions(dig(run.recipe, "teacher", "logits")):
+            facts.append(("Soft targets", said, ""))
+        share = number(dig(run.recipe, "method", "cross_entropy"))
+        facts += [("Cross-entropy", f"{100 * share:g}% of the loss", "")] if share is not None else []
+    return facts
+
+
+def kept_of_distributions(spec: Any) -> str:
+    """What `teacher.logits` keeps of every distribution, in words."""
+    kind, k, draws = dig(spec, "kind"), number(dig(spec, "k")), number(dig(spec, "draws"))
+    warmth = number(dig(spec, "temperature"))
+    at = f", at temperature {warmth:g}" if warmth is not None and warmth != 1 else ""
+    if kind == "sampled":
+        return f"{count(draws)} draws of each{at}"
+    return f"the {count(k)} likeliest tokens and the rest's mass{at}" if kind == "topk" else ""
+
+
+def _divergence(beta: float) -> str:
+    """TRL's names of the divergences (generalised Jensen-Shannon; Agarwal et al. 2024, section 2)."""
+    return {0.0: "forward KL", 1.0: "reverse KL"}.get(beta, "generalised Jensen-Shannon divergence")
 
 
 @dataclass(frozen=True)

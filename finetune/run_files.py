@@ -24,6 +24,28 @@ DASH = "–"
 
 
 @dataclass(frozen=True)
+class TeacherFiles:
+    """What the teacher of a distillation left; an empty dict or list stands for a file that is not there.
+
+    Attributes:
+        stats: teacher/stats.json. summary: teacher/summary.json. identity: teacher/identity.json.
+        sessions: a line for each call of the stage that asked something.
+        answers: the teacher's own answers to held-out prompts.
+        prompts: the manifest of what the teacher was asked about. rows: that of the student's rows.
+        logits: that of the kept distributions.
+    """
+
+    stats: dict[str, Any]
+    summary: dict[str, Any]
+    identity: dict[str, Any]
+    sessions: list[dict[str, Any]]
+    answers: list[dict[str, Any]]
+    prompts: dict[str, Any]
+    rows: dict[str, Any]
+    logits: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """Everything that a run has written so far; an empty dict or list stands for a file that is not there."""
 
@@ -41,6 +63,7 @@ class RunFiles:
     watched: list[dict[str, Any]]
     rewards: dict[str, Any]
     completions: list[dict[str, Any]]
+    teacher: TeacherFiles
     notes: list[tuple[str, str]]
 
     @property
@@ -145,7 +168,32 @@ def read_run(run_dir: Path, manifest: dict[str, Any] | None = None) -> RunFiles:
         watched=_read_steps(run_dir, "watched.jsonl", notes) if has("watched.jsonl", measures) else [],
         rewards=_read_object(run_dir, "rewards.json", notes) if has("rewards.json", rewarded) else {},
         completions=_read_lines(run_dir, "completions.jsonl", notes) if has("completions.jsonl", rewarded) else [],
+        teacher=_read_teacher(run_dir, recipe.get("method"), notes),
         notes=notes,
+    )
+
+
+def _read_teacher(run_dir: Path, method: Any, notes: list[tuple[str, str]]) -> TeacherFiles:
+    """The files of the generate stage; those that the method needs and that are not there are noted."""
+    mode = (dig(method, "mode") or "sequence") if dig(method, "type") == "distill" else ""
+    asked = mode not in ("", "on_policy")  # then the teacher has its part before the training
+    writes = asked and dig(method, "answers") != "given"
+
+    def read(name: str, due: bool = False) -> dict[str, Any]:
+        return _read_object(run_dir, name, notes) if due or (run_dir / name).exists() else {}
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return _read_lines(run_dir, name, notes) if (run_dir / name).exists() else []
+
+    return TeacherFiles(
+        stats=read("teacher/stats.json", asked),
+        summary=read("teacher/summary.json", writes),
+        identity=read("teacher/identity.json"),
+        sessions=lines("teacher/sessions.jsonl"),
+        answers=lines("teacher/answers.jsonl"),
+        prompts=read("prompts/manifest.json"),
+        rows=read("teacher/rows/manifest.json", writes),
+        logits=read("logits/manifest.json", mode == "logits"),
     )
 
 

@@ -13,6 +13,14 @@ from recipes.schema import Recipe, Wandb
 NAMES = {
     "tokens_per_second": "speed/tokens_per_second",
     "memory_bytes": "memory/peak_bytes",
+    "divergence": "teacher/divergence",
+    "token_loss": "teacher/token_loss",
+    "head_mass": "teacher/head_mass",
+    "student_head_mass": "teacher/student_head_mass",
+    "agreement": "teacher/agreement",
+    "calibration_error": "teacher/calibration_error",
+    "matched_loss": "teacher/matched_loss",
+    "unmatched_loss": "teacher/unmatched_loss",
 }
 OWN = {"step", "seconds"}  # wandb has its own
 FOLDERS = {"eval_": "eval/", "reward/": "rewards/"}
@@ -45,7 +53,7 @@ class Tracker:
         import wandb
 
         for name, metric in (result or {}).get("metrics", {}).items():
-            for who in ("base", "tuned"):
+            for who in (one for one in ("base", "tuned", "teacher") if one in metric):
                 self.run.summary[f"eval/{name}/{who}"] = metric[who]["value"]
             self.run.summary[f"eval/{name}/p_value"] = metric["p_value"]
         artifact = wandb.Artifact(f"{self.run.project}-{self.run.id}", type="run")

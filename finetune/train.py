@@ -86,6 +86,7 @@ def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset])
 
     from finetune import results, stages, tracking  # torch comes in here, after all that is cheap to refuse
     from finetune.arguments import check_extra
+    from finetune.on_policy import check_on_policy
     from finetune.policy import check_policy
 
     check_extra(recipe)
@@ -97,6 +98,8 @@ def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset])
     stages.show_data(prepared)
     layout = stages.write_layout(recipe, device, prepared, folder)
     rows = read_rows(prepared.folder, "train")
+    if recipe.method.key == "on_policy":
+        say(*check_on_policy(recipe, tokenizer, rows[:8]))
     held_out = read_rows(prepared.folder, "eval")
     measured, watched = choose_rows(held_out, recipe)
     stages.write_masks(folder, rows, tokenizer)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from finetune.arguments import Job, common_arguments, make_trainer
+from finetune.distilling import build_logits
+from finetune.on_policy import build_on_policy
 from finetune.policy import build_grpo
 from finetune.preference import build_dpo, build_kto, build_orpo, build_reward
 from recipes.schema import Recipe
@@ -38,6 +40,8 @@ BUILDERS = {
     "orpo": build_orpo,
     "reward": build_reward,
     "grpo": build_grpo,
+    "logits": build_logits,
+    "on_policy": build_on_policy,
 }
 
 

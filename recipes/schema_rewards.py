@@ -10,6 +10,15 @@ from pydantic import Field, field_validator, model_validator
 from recipes.sections import Bool, Count, Float, Named, Section, Text
 
 
+def regular_expression(text: str) -> str:
+    """The text, when it compiles."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    return text
+
+
 class _Reward(Section):
     weight: Annotated[Float, Field(ge=0)] = Field(1.0, description="in the sum of the rewards; 0: only watched")
 
@@ -45,11 +54,7 @@ class Regex(_Reward):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from None
-        return value
+        return regular_expression(value)
 
 
 class Think(_Reward):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from recipes.schema_rewards import RewardTerm
+from recipes.schema_rewards import RewardTerm, regular_expression
 from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Named, Section, Text
 
 NotNegative = Annotated[Float, Field(ge=0)]
@@ -140,6 +140,11 @@ class Format(Section):
     json_: Bool = Field(False, alias="json", description="the answer must be JSON")
     think: Bool = Field(False, description="one thinking block, then the answer")
 
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        return None if value is None else regular_expression(value)
+
     @model_validator(mode="after")
     def _asks(self) -> Self:
         if self.pattern is None and not self.json_ and not self.think:
@@ -155,7 +160,7 @@ class Repetitive(Section):
     """Runs of words come again and again."""
 
     words: Count = Field(4, description="words of a run")
-    most: Share = Field(0.3, description="share of runs that are repeats")
+    most: Share = Field(0.3, description="share of 512 runs one after the other that are repeats")
 
 
 class AnswerLength(Section):
@@ -187,11 +192,11 @@ class Verified(Section):
 class Vote(Section):
     """The answer differs from that of most samples of its prompt."""
 
-    share: Share = Field(0.5, description="share of the samples that the most frequent answer needs")
+    share: Share = Field(0.5, description="share of the samples that the most frequent answer needs; cut ones count, without a vote")
 
 
 class NearDuplicate(Section):
-    """An earlier kept row is nearly the same."""
+    """Prompt and answer, and the answer alone, are nearly those of an earlier kept row."""
 
     threshold: Annotated[Float, Field(ge=0.3, le=1)] = Field(0.9, description="Jaccard similarity of word 3-grams")
 

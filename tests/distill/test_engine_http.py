@@ -7,7 +7,6 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from chaos_server import (
     summary,
     teacher_at,
 )
+from conftest import ROOT
 from pydantic import SecretStr
 
 from data_prep.completions import split_thinking
@@ -314,10 +314,10 @@ def test_tool_calls_and_silent_servers(serve: Callable[..., ChaosServer]) -> Non
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
+def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tiny_model)
+    return AutoTokenizer.from_pretrained(ROOT / "recipes" / "embedded" / "tiny-teacher")
 
 
 def test_with_the_teachers_tokenizer(serve: Callable[..., ChaosServer], tokenizer: Any) -> None:

@@ -278,6 +278,12 @@ def test_instructions_that_stand_in_many_prompts_do_not_make_rows_alike() -> Non
     assert near_duplicates([*prompts, prompts[7]], ["Lugano"] * 61, 0.9) == {60: 7}
 
 
+def test_one_question_about_many_contracts_is_many_rows() -> None:
+    contracts = [f"Contract {n}. {CLAUSE} Schedule {n} applies to the parties of {n}." for n in range(10)]
+    prompts = [f"{contract}\nIs risk number {n} included?" for contract in contracts for n in range(50)]
+    assert near_duplicates(prompts, ["yes"] * 500, 0.9) == {}
+
+
 def test_a_row_makes_way_only_for_one_that_is_kept() -> None:
     """The twin of an answer that is not chosen, or dropped for another reason, stays."""
     first, second = sorted((f"{CLAUSE} One?", f"{CLAUSE} Two?"), key=lambda prompt: candidate("", prompt).row.id)

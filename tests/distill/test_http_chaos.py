@@ -272,6 +272,25 @@ def test_closing_early_does_not_hang(serve: Callable[..., ChaosServer]) -> None:
     assert no_thread_left()
 
 
+def test_closing_the_teacher_ends_what_another_thread_waits_for(serve: Callable[..., ChaosServer]) -> None:
+    server = serve(mischief=lambda *_: Hang())
+    teacher = teacher_at(server.url, parallel=2)
+    errors = []
+
+    def wait() -> None:
+        with pytest.raises(EngineError, match="closed while it was asked") as caught:
+            list(teacher.generate(requests(4)))
+        errors.append(caught.value)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    while len(server.posts) < 2:
+        time.sleep(0.01)
+    teacher.close()
+    waiter.join(10)
+    assert len(errors) == 1 and no_thread_left()
+
+
 def test_nothing_to_do(serve: Callable[..., ChaosServer]) -> None:
     server = serve()
     teacher = teacher_at(server.url)

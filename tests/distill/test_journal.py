@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -66,6 +67,7 @@ class StandIn:
         say: turns one answer into those that the engine yields.
         fail: raised instead of the answer to this position.
         pause: seconds before each answer.
+        gather: requests taken before the first of them is answered; each takes a pause.
     """
 
     def __init__(
@@ -74,16 +76,25 @@ class StandIn:
         say: Callable[[Completion], list[Completion]] = lambda c: [c],
         fail: tuple[int, BaseException] | None = None,
         pause: float = 0.0,
+        gather: int = 0,
     ) -> None:
-        self.log, self.say, self.fail, self.pause = log, say, fail, pause
+        self.log, self.say, self.fail, self.pause, self.gather = log, say, fail, pause, gather
         self.identity: dict[str, Any] = {"engine": "stand-in"}
         self.asked: list[str] = []
         self.delivered: list[str] = []  # answers that were taken off the engine's hands
         self.cleared_up = threading.Event()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        self.at_work = self._generate(iter(requests))  # held, so that it is not cleared up by going out of sight
+        return self.at_work
+
+    def _generate(self, requests: Iterator[Request]) -> Iterator[Completion]:
         try:
-            for number, request in enumerate(requests):
+            gathered = []
+            for request in itertools.islice(requests, self.gather):
+                time.sleep(self.pause)
+                gathered.append(request)
+            for number, request in enumerate(itertools.chain(gathered, requests)):
                 self.asked.append(request.key)
                 if self.log is not None:
                     note(self.log, request.key)
@@ -551,8 +562,8 @@ def test_a_consumer_that_leaves_stops_the_engine_and_what_was_received_stays(tmp
         with pytest.raises(ValueError, match="closed while a run was under way"):
             list(answers)
 
-    for number, leave in enumerate((leave_by_close, leave_by_error, leave_by_forgetting)):
-        folder, engine = tmp_path / str(number), StandIn(pause=0.001)
+    for number, leave in enumerate((leave_by_close, leave_by_error, leave_by_forgetting) * 2):
+        folder, engine = tmp_path / str(number), StandIn(pause=0.001, gather=200 * (number % 2))
         journal = Journal(folder)
         leave(journal, engine)
         assert engine.cleared_up.is_set()  # its own finally has run
@@ -560,6 +571,27 @@ def test_a_consumer_that_leaves_stops_the_engine_and_what_was_received_stays(tmp
         assert list(read_journal(folder)) == engine.delivered and journal.notes == []
         assert not any(t.name == "teacher" for t in threading.enumerate())
         fill(folder, wanted(40))
+
+
+def test_an_engine_that_looks_far_ahead_is_given_no_more_requests_after_the_end(tmp_path: Path) -> None:
+    taken: list[str] = []
+
+    class Hungry(StandIn):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            requests = iter(requests)
+            yield answer(next(requests))
+            for request in requests:
+                time.sleep(0.001)
+                taken.append(request.key)
+            self.cleared_up.set()
+
+    engine = Hungry()
+    with Journal(tmp_path) as journal:
+        answers = journal.run(wanted(20_000), lambda: engine)
+        assert next(answers) == answer(wanted(1)[0])
+        answers.close()  # it takes requests for 20 s to come, and 10 is patience
+        assert engine.cleared_up.is_set() and journal.notes == []
+    assert len(taken) < 20_000 and journal.calls_made == len(taken) + 1
 
 
 def test_an_engine_that_hangs_is_left_behind(tmp_path: Path) -> None:
@@ -606,9 +638,11 @@ def test_the_engine_runs_ahead_so_far_and_what_it_finished_is_synced_at_once(
         monkeypatch.setattr(os, "fsync", lambda handle: (syncs.append(handle), real(handle))[1])
         answers = journal.run(requests, lambda: engine)
         first = next(answers)
-        until(lambda: len(engine.delivered) >= AHEAD, "the engine going on by itself")
-        time.sleep(0.05)
-        ahead = len(engine.delivered)
+        ahead = 0
+        while len(engine.delivered) > ahead:  # until it goes no further
+            ahead = len(engine.delivered)
+            time.sleep(0.3)
+        assert ahead >= AHEAD
         assert ahead <= 2 * AHEAD + 1  # what the first sync took along, what waits, and one in its hands
         rest = [next(answers) for _ in range(AHEAD)]
         assert len(syncs) <= 4
