@@ -42,6 +42,7 @@ from recipes.papers import cached
 from recipes.schema import Recipe
 from recipes.schema_data import Source
 from recipes.sources import changed_papers
+from recipes.student import ROWS, TEACHER
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,13 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | No
     if manifest is not None and manifest.get("fingerprint") == key:
         if wrong := verify(folder):
             raise DataError(f"was changed after it was prepared: {', '.join(wrong)}", str(folder), "delete the folder")
-        if wrong := _swapped(recipe, manifest):
+        wrong = _swapped(recipe, manifest)
+        own = {str(run_dir / TEACHER / name / MANIFEST) for name in ROWS}
+        if wrong and not set(wrong) <= own:  # else a teacher made the same rows anew: they are judged anew
             remedy = "restore it, or delete the folder to prepare and judge again"
             raise DataError(f"was made when these were otherwise: {', '.join(wrong[:4])}", str(folder), remedy)
-        return Prepared(folder, manifest, reused=True, tokenizer=tokenizer)
+        if not wrong:
+            return Prepared(folder, manifest, reused=True, tokenizer=tokenizer)
     if manifest is not None and keep:
         raise DataError("is the data of a run, and would change", str(folder), "choose another output")
     if manifest is not None:
@@ -290,6 +294,7 @@ def fingerprint(recipe: Recipe, inputs: list[dict[str, Any]], tokenizer: Tokeniz
         recipe.method.kinds,  # no two of the methods that read rows in different ways read the same kinds
         recipe.longest_row,
         recipe.seed,
+        recipe.teacher.model if recipe.teacher is not None else None,  # its licence was judged with the rows
     ]
     return sha256_json([3, asked, [(i["ref"], i["sha256"]) for i in inputs], tokenizer.fingerprint])
 

@@ -34,7 +34,7 @@ from recipes.lineage import (
     write_manifest,
 )
 from recipes.schema import Recipe
-from recipes.student import ROWS, TEACHER
+from recipes.student import ROWS, TEACHER, decides
 
 SHARD_ROWS = 50_000
 SHOWN = 20  # samples and rejects that the report shows
@@ -151,7 +151,11 @@ def write_rows(
 def _same(manifest: dict[str, Any] | None, recipe: Recipe, files: dict[str, str]) -> bool:
     """Whether an artefact that is there was made by this recipe and holds these files."""
     files = {name: digest for name, digest in files.items() if name != MANIFEST}
-    return manifest is not None and manifest.get("recipe") == recipe.resolved() and manifest.get("files") == files
+    return (
+        manifest is not None
+        and decides(manifest["recipe"]) == decides(recipe.resolved())
+        and manifest.get("files") == files
+    )
 
 
 def _made_of(recipe: Recipe, verdict: Verdict, assets: Sequence[Asset], prompts: Path) -> dict[str, Any]:

@@ -225,10 +225,10 @@ class TransformersTeacher:
         if len(batch) == 1:
             raise self._too_large(batch[0])
         release(self.device)
-        self._side = (len(batch) + 1) // 2
-        self._note(f"memory ran out: {self._side} answers side by side from now on")
-        yield from self._whole(batch[: self._side], timed)
-        yield from self._whole(batch[self._side :], timed)
+        half = self._side = (len(batch) + 1) // 2
+        self._note(f"memory ran out: {half} answers side by side from now on")
+        yield from self._whole(batch[:half], timed)
+        yield from self._whole(batch[half:], timed)
 
     def _too_large(self, request: Request) -> MemoryFitError:
         tokens = _length(request) + self._limit(request)

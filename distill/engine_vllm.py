@@ -79,6 +79,7 @@ class VllmTeacher:
         assert teacher is not None
         if teacher.logits is not None:
             _require_topk(teacher.logits)
+        _require_extra(teacher.engine.options)
         vllm = _vllm()
         options = _arguments(teacher)
         self.identity = model_identity(recipe)
@@ -228,13 +229,7 @@ def _vllm() -> Any:
         raise EngineError(f"vllm cannot be imported: {_words(error)}", "teacher.engine", "mend its install") from None
 
 
-def _arguments(teacher: Teacher) -> dict[str, Any]:
-    """What vllm.LLM is called with.
-
-    Raises:
-        RecipeError: the model cannot be fetched; `extra` names what another key says, code of strangers or pickles.
-    """
-    options: VllmEngine = teacher.engine.options
+def _require_extra(options: VllmEngine) -> None:
     for name in options.extra:
         if name in OURS:
             raise RecipeError(f"'{name}' is said elsewhere", f"{KEY}.extra", f"set {OURS[name]}")
@@ -242,6 +237,15 @@ def _arguments(teacher: Teacher) -> dict[str, Any]:
         raise RecipeError("a teacher's repository runs no code", f"{KEY}.extra", "leave trust_remote_code out")
     if options.extra.get("load_format") in PICKLED:
         raise RecipeError("weights are read from safetensors only", f"{KEY}.extra", "leave load_format out")
+
+
+def _arguments(teacher: Teacher) -> dict[str, Any]:
+    """What vllm.LLM is called with.
+
+    Raises:
+        RecipeError: the model cannot be fetched, or is a service.
+    """
+    options: VllmEngine = teacher.engine.options
     ref = teacher_ref(teacher.model)
     if ref is None:
         raise RecipeError(f"{teacher.model} is a service, and vLLM needs weights", PLACE, "use engine: http")

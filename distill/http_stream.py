@@ -18,8 +18,9 @@ import json
 import queue
 import random
 import threading
-from collections.abc import Coroutine, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -39,6 +40,8 @@ class Endpoint:
     """One server, as a stream sees it.
 
     Attributes:
+        lane: makes a client for one connection.
+        idle: clients that nobody uses now.
         limit: requests at a time, at most; a fraction counts once it makes a whole.
         held_until: in the loop's time; no requests before.
         failures: in a row.
@@ -46,8 +49,9 @@ class Endpoint:
     """
 
     url: str
-    http: httpx.AsyncClient
+    lane: Callable[[], httpx.AsyncClient]
     limit: float
+    idle: list[httpx.AsyncClient] = field(default_factory=list)
     busy: int = 0
     answers: int = 0
     failures: int = 0
@@ -56,6 +60,16 @@ class Endpoint:
     held_until: float = 0.0
     slowed_at: float = 0.0
     reason: str = ""
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[httpx.AsyncClient]:
+        """A client of its own for one request: httpx's pool looks at all its connections at every request, which took
+        most of the time with hundreds of them."""
+        http = self.idle.pop() if self.idle else self.lane()
+        try:
+            yield http
+        finally:
+            self.idle.append(http)
 
 
 @dataclass
@@ -154,17 +168,18 @@ class _Run:
 
     async def _main(self) -> None:
         client = self.client
-        limits = httpx.Limits(max_connections=client.parallel + 1, max_keepalive_connections=client.parallel)
+        limits, trust = httpx.Limits(max_connections=1), httpx.create_ssl_context()
         for url in client.urls:
-            http = httpx.AsyncClient(**client.settings(url), limits=limits)
-            self.endpoints.append(Endpoint(url, http, client.parallel))
+            lane = partial(httpx.AsyncClient, **client.settings(url), limits=limits, verify=trust)
+            self.endpoints.append(Endpoint(url, lane, client.parallel))
         self._spawn(self._dispatch())
         await self.stopped.wait()
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         for endpoint in self.endpoints:
-            await endpoint.http.aclose()
+            for http in endpoint.idle:
+                await http.aclose()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something beside the rest; its error is the stream's."""
@@ -260,7 +275,8 @@ class _Run:
         try:
             async with asyncio.timeout(client.seconds):
                 url, headers = endpoint.url + call.path, {"Content-Type": "application/json"}
-                response = await endpoint.http.post(url, content=content, headers=headers, timeout=self._timeout)
+                async with endpoint.connection() as http:
+                    response = await http.post(url, content=content, headers=headers, timeout=self._timeout)
         except TimeoutError:
             raise Again(f"no answer in {client.seconds:g} seconds", endpoint_ill=True) from None
         except httpx.HTTPError as error:
@@ -314,8 +330,9 @@ class _Run:
                 await asyncio.sleep(random.uniform(pause / 2, pause))
                 endpoint.setbacks += 1
             try:
-                if self.client.told(endpoint.url, await endpoint.http.get(endpoint.url + "/models")):
-                    break
+                async with endpoint.connection() as http:
+                    if self.client.told(endpoint.url, await http.get(endpoint.url + "/models")):
+                        break
             except httpx.HTTPError as error:
                 endpoint.reason = self.client.why(error)
             endpoint.failures = max(endpoint.failures, ASIDE_AFTER)

@@ -1,7 +1,7 @@
 """What tells one teacher from another: part of every request's key, of the journal and of the logit cache.
 
-The engine is no part of it. The same weights are the same teacher under transformers, vLLM or a server, so what one
-engine wrote another continues.
+The engine is no part of it, nor is the place of a folder. The same weights are the same teacher under transformers, vLLM
+or a server, here or on another machine, so what one of them began another goes on with.
 """
 
 from __future__ import annotations
@@ -15,41 +15,32 @@ from recipes.lineage import MANIFEST, sha256_files, sha256_json
 from recipes.papers import COMMIT, cached
 from recipes.refs import Ref, parse_ref, require_model_folder
 from recipes.schema import Recipe
+from recipes.schema_teacher import Teacher
 
 PLACE = "teacher.model"
 _DECIDES = {".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt"}  # a README answers nothing
-_AT_HAND = {"transformers", "vllm"}  # engines that load the weights themselves
+_LOADS = {"transformers", "vllm"}  # engines that load the weights on this machine
+
+State = tuple[tuple[str, int, int], ...]  # name, size in bytes and time of change (ns) of files
 
 
 def model_identity(recipe: Recipe) -> dict[str, Any]:
     """The teacher that a recipe names, without starting it.
 
-    A folder is its weights, configuration and tokenizer, by hash (read whole: 1 to 2 s a GB from a fast disk). A hub
-    repository is its commit, which is looked up where this machine loads the weights; behind a server only the recipe
-    can tell it, for what the local cache holds says nothing of what is served. A service is its name.
+    A folder is the hash of its weights, configuration and tokenizer (read whole: a second or two a GB). A hub repository
+    is its commit, which is looked up where this machine loads the weights; behind a server only the recipe can tell it,
+    for what the local cache holds says nothing of what is served. A service is its name.
 
     Returns:
-        `model`, and where they are known `sha256` or `commit`, and `quantization` where the weights are rounded.
+        `sha256`, or `model` and where it is known `commit`; and what of the engine's options changes the answers:
+        `quantization` where the weights are rounded, `extra_body` of a server's requests.
 
     Raises:
         RecipeError: the folder is missing or no model, or the repository cannot be reached.
     """
     teacher = recipe.teacher
     assert teacher is not None
-    rounded = getattr(teacher.engine.options, "quantization", "none")
-    extra = {} if rounded == "none" else {"quantization": rounded}
-    ref = teacher_ref(teacher.model)
-    if ref is None:
-        return {"model": teacher.model, **extra}
-    folder = require_model_folder(ref, PLACE)
-    if folder is not None:
-        return {"model": str(ref), "sha256": _sha256(folder, _state(folder)), **extra}
-    if ref.revision is not None and COMMIT.fullmatch(ref.revision):
-        return {"model": ref.name, "commit": ref.revision, **extra}
-    if teacher.engine.name not in _AT_HAND:
-        return {"model": str(ref), **extra}
-    snapshot = cached(ref.name, ref.revision) or fetch(ref, False, PLACE)
-    return {"model": ref.name, "commit": snapshot.name, **extra}
+    return {**_weights(teacher), **_options(teacher)}
 
 
 def teacher_ref(text: str) -> Ref | None:
@@ -60,12 +51,40 @@ def teacher_ref(text: str) -> Ref | None:
         return None
 
 
-def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size in bytes and time of change (ns) of the files that decide the answers."""
+def _weights(teacher: Teacher) -> dict[str, Any]:
+    ref, loads = teacher_ref(teacher.model), teacher.engine.name in _LOADS
+    if ref is None or (ref.kind == "local" and not loads and not _is_model(ref.path)):
+        return {"model": teacher.model}  # a service, or a folder at the server
+    folder = require_model_folder(ref, PLACE)
+    if folder is not None:
+        return {"sha256": _sha256(folder, _state(folder))}
+    if ref.revision is not None and COMMIT.fullmatch(ref.revision):
+        return {"model": ref.name, "commit": ref.revision}
+    if not loads:
+        return {"model": str(ref)}
+    snapshot = cached(ref.name, ref.revision) or fetch(ref, False, PLACE)
+    return {"model": ref.name, "commit": snapshot.name}
+
+
+def _options(teacher: Teacher) -> dict[str, Any]:
+    options = teacher.engine.options
+    found = {}
+    if (rounded := getattr(options, "quantization", "none")) != "none":
+        found["quantization"] = rounded
+    if body := getattr(options, "extra_body", None):
+        found["extra_body"] = body
+    return found
+
+
+def _is_model(path: Path | None) -> bool:
+    return path is not None and (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def _state(folder: Path) -> State:
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _DECIDES and p.name != MANIFEST)
     return tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
 
 
 @lru_cache(maxsize=8)
-def _sha256(folder: Path, state: tuple[tuple[str, int, int], ...]) -> str:
+def _sha256(folder: Path, state: State) -> str:
     return sha256_json(sha256_files(folder, [name for name, _, _ in state]))

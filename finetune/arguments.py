@@ -143,6 +143,10 @@ METHOD_OWNED = {
         "teacher_model_init_kwargs": "teacher.engine",
         "shuffle_dataset": "seed",
         "chat_template_kwargs": "model.template_kwargs",
+        "log_completions": "train.log_every",
+        "lmbda": "method.mode",
+        "use_uld_loss": "method.cross_tokenizer",
+        "teacher_tokenizer_name_or_path": "teacher.tokenizer",
         "use_vllm": "method.vllm",
         "vllm_mode": "method.vllm.mode",
         "vllm_server_base_url": "method.vllm.url",
@@ -166,9 +170,10 @@ CONFIGS = {
 }
 
 
-def config_class(method: str) -> Any:
-    """TRL's config class of a method."""
-    module, _, name = CONFIGS[method].partition(":")
+def config_class(recipe: Recipe) -> Any:
+    """TRL's config class of the recipe's method."""
+    across = getattr(recipe.method, "cross_tokenizer", False)
+    module, _, name = ("trl.experimental.gold:GOLDConfig" if across else CONFIGS[recipe.method.key]).partition(":")
     return getattr(importlib.import_module(module), name)
 
 
@@ -180,7 +185,7 @@ def check_extra(recipe: Recipe) -> None:
     """
     if not recipe.train.extra:
         return
-    config = config_class(recipe.method.key)
+    config = config_class(recipe)
     owned = OWNED | METHOD_OWNED.get(recipe.method.key, {})
     fields = {f.name: f for f in dataclasses.fields(config) if f.init}
     for name, value in recipe.train.extra.items():

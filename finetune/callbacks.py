@@ -70,8 +70,12 @@ class TokenCounter:
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        if module.training and ids is not None:
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
+        mask: Any = kwargs.get("attention_mask")
+        batch: Any = next((part for part in args if isinstance(part, dict)), None)
+        if batch is not None:  # TRL's on-policy distillation hands the whole batch to a wrapper of the model
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        if module.training and (mask is not None or torch.is_tensor(ids)):
             self.total = self.total + (mask.sum() if mask is not None else (ids != self.pad).sum())
 
     def __call__(self) -> int:

@@ -9,9 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune.comparison import GREEDY, compared, headline
-from finetune.report_lineage import license_of
-from finetune.report_method import chain_of, method_facts, method_of, rewards_of
+from finetune.comparison import GREEDY, compared, headline, student_of
+from finetune.report_lineage import inputs_of
+from finetune.report_method import chain_of, method_facts, method_of, mode_of, rewards_of
+from finetune.report_teacher import taught_by
 from finetune.run_files import (
     DASH,
     RunFiles,
@@ -109,7 +110,8 @@ def card_view(run: RunFiles) -> dict[str, Any]:
         "quantization": run.quantization,
         "confidence": run.confidence,
         "method": method,
-        "settings": [(term, value) for term, value, _ in method_facts(run) if term != "Rewards"],
+        "settings": [(term, value) for term, value, _ in method_facts(run) if term not in ("Rewards", "Teacher")],
+        "teacher": taught_by(run),
         "rewards": rewards_of(run),
         "chain": chain,
         "whole": chain is not None and chain.merged and folder == "adapter",  # such an adapter fits no base as it is
@@ -118,11 +120,13 @@ def card_view(run: RunFiles) -> dict[str, Any]:
         "train": recipe.get("train") if isinstance(recipe.get("train"), dict) else {},
         "steps": count(run.training[-1].get("step")) if run.training else DASH,
         "seconds": duration(run.training[-1].get("seconds")) if run.training else DASH,
-        "inputs": [item | {"license": license_of(item)} for item in run.inputs],
+        "inputs": inputs_of(run),
         "counts": counts,
         "share": percent(counts.get("trained_tokens"), counts.get("train_tokens")),
         "count": count,
         "metrics": metrics,
+        "student": student_of(metrics),
+        "taught": any(metric["teacher"] for metric in metrics),
         "greedy": any(metric["key"] in GREEDY for metric in metrics),
         "headline": headline(metrics),
         "n": count(run.evaluation.get("n")),
@@ -149,7 +153,7 @@ def front_matter(run: RunFiles) -> str:
     `base_model` and `datasets` take hub identifiers only (the hub refuses others), so an embedded or local one is named
     in the text and in manifest.json instead.
     """
-    tags = ["retort", str(dig(run.recipe, "method", "type") or "sft")]
+    tags = ["retort", "distillation" if mode_of(run) else str(dig(run.recipe, "method", "type") or "sft")]
     tags += list(dict.fromkeys(["lora", adapter_kind(run).lower()])) if run.adapter else ["full-fine-tuning"]
     fields: dict[str, Any] = {**_license_fields(run)}
     if run.base_ref is not None and run.base_ref.kind == "hub":

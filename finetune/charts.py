@@ -250,7 +250,7 @@ class Funnel:
 
 
 def funnel(
-    title: str, whole: tuple[str, float], losses: Sequence[tuple[str, float]], kept: tuple[str, float]
+    title: str, whole: tuple[str, float], losses: Sequence[tuple[str, float]], kept: tuple[str, float], width: float
 ) -> Funnel | None:
     """What was there, what each step took away from the rest, and what was kept: lying bars, from top to bottom.
 
@@ -264,7 +264,7 @@ def funnel(
     most = max(whole[1], kept[1] + sum(n for _, n in losses))
     if not most > 0:
         return None
-    width, left, right, row = 510.0, 158.0, 376.0, 30.0
+    left, right, row = 158.0, width - 134.0, 30.0
 
     def long(n: float) -> float:
         return n / most * (right - left)

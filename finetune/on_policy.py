@@ -174,7 +174,7 @@ def _engine(method: DistillOnPolicy) -> dict[str, Any]:
 def _build_gold(job: Job, teacher: Any, tokenizer: Tokenizer) -> Any:
     """TRL's GOLDTrainer: answers aligned by their bytes; tokens that both have are compared as such (hybrid loss).
 
-    What differs from TRL's defaults (`train.extra` can put most of it back):
+    What differs from TRL's defaults:
     - The teacher reads the prompt in its own chat template, not in the student's as text.
     - Tokens of both are compared by name. Sorted probabilities alone, the original ULD, do not say which token is
       meant: on the embedded pair 20 steps of it moved the student away from its teacher.

@@ -15,10 +15,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from finetune.card import write_card
-from finetune.comparison import compared, headline, sampled
-from finetune.report_lineage import license_of, lineage, whole_lineage
+from finetune.comparison import compared, headline, sampled, student_of
+from finetune.report_lineage import inputs_of, lineage, whole_lineage
 from finetune.report_method import chain_of, method_facts, method_of
 from finetune.report_rewards import before_training, while_training
+from finetune.report_teacher import teacher_view
 from finetune.report_training import training_view
 from finetune.run_files import (
     DASH,
@@ -84,18 +85,21 @@ def report_view(run: RunFiles) -> dict[str, Any]:
         "facts": _facts(run),
         "headline": headline(metrics),
         "metrics": metrics,
+        "student": student_of(metrics),
+        "taught_too": any(metric["teacher"] for metric in metrics),
         "n": count(run.evaluation.get("n")),
         "confidence": run.confidence,
         "verdict": verdict,
         "lineage": lineage(run, verdict),
         "whole_lineage": whole_lineage(run),
-        "inputs": [item | {"license": license_of(item)} for item in run.inputs],
+        "inputs": inputs_of(run),
+        "teacher": teacher_view(run, problems),
         "data": _data(run),
         "rewards": before_training(run, problems),
         "curves": training_view(run),
         "completions": while_training(run, problems),
         "start": chain.run if chain else "",
-        "prompts_only": method_of(run).kind == "grpo",
+        "prompts_only": method_of(run).writes_itself,
         "samples": sampled(run.samples),
         "masks": [_mask(row) for row in run.masks[:MOST_MASKS]],
         "preflight": _preflight(run),
@@ -185,7 +189,7 @@ def _data(run: RunFiles) -> dict[str, Any] | None:
     total = sum(dropped.values())
     share = percent(counts.get("trained_tokens"), counts.get("train_tokens")) + " of training tokens carry loss"
     trained = (count(counts.get("trained_tokens")), share)
-    if method_of(run).kind == "grpo":
+    if method_of(run).writes_itself:
         trained = (DASH, "completions are trained, not prompts")
     return {
         "tiles": [

@@ -64,7 +64,9 @@ def lineage(run: RunFiles, verdict: dict[str, Any]) -> dict[str, Graph] | None:
     if len(inputs_there) > 8:
         inputs.append(_unplaced("and", f"{len(inputs_there) - 8} more inputs", "in the table below"))
     method, mode = str(dig(run.recipe, "method", "type") or "run"), mode_of(run).replace("_", " ")
-    node = _unplaced(f"{method}, {mode}" if mode else method, run.name, verdict["title"].lower(), f"run-{verdict['kind']}")
+    node = _unplaced(
+        f"{method}, {mode}" if mode else method, run.name, verdict["title"].lower(), f"run-{verdict['kind']}"
+    )
     made = "adapter" if run.recipe.get("adapter") else "model"
     trained = number(run.preflight.get("trainable_parameters"))
     result = _unplaced(made, f"{made}/", f"{count(trained)} parameters" if trained else "", "result")
@@ -86,11 +88,11 @@ def inputs_of(run: RunFiles) -> list[dict[str, Any]]:
     found = [item | {"license": license_of(item)} for item in run.inputs]
     if not found or not mode_of(run):
         return found
-    for item in found:
-        place = PurePath(str(item.get("ref") or "")).parts[-2:]
-        if place and place[0] == "teacher" and place[-1] in ("rows", "heldout"):
-            written = "its prompts and the teacher's" if place[-1] == "heldout" else "the teacher's"
-            item |= {"ref": "/".join(place), "license": written if item["license"] == "unknown" else item["license"]}
+    for item in found if run.teacher.rows else ():
+        written = "/".join(PurePath(str(item.get("ref") or "")).parts[-2:])
+        if written in ("teacher/rows", "teacher/heldout"):
+            item["ref"] = written
+            item["license"] = "as its sources" if item["license"] == "unknown" else item["license"]
     asked = [
         item | {"license": license_of(item), "role": "prompts" if item.get("role") == "data" else item.get("role")}
         for item in rows_of(run.teacher.prompts.get("inputs"))

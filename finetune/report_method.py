@@ -20,7 +20,7 @@ METHODS = {
 # The same of the modes of a distillation, and the kind of training that each of them is.
 MODES = {
     "sequence": ("sft", "Distillation (sequence)", "supervised fine-tuning on a teacher's answers"),
-    "logits": ("logits", "Distillation (logits)", "a teacher's distributions, kept beforehand, as soft targets"),
+    "logits": ("logits", "Distillation (logits)", "soft targets from a teacher's distributions, kept beforehand"),
     "on_policy": ("on_policy", "Distillation (on policy)", "a teacher marks every token of the student's own answers"),
     "preference": ("dpo", "Distillation (preference)", "DPO of a teacher's answers over the student's"),
 }
@@ -147,7 +147,7 @@ def _taught_by(run: RunFiles) -> list[tuple[str, str, str]]:
     facts = [("Teacher", str(dig(run.recipe, "teacher", "model") or DASH), "")]
     if mode == "logits":
         if said := kept_of_distributions(dig(run.recipe, "teacher", "logits")):
-            facts.append(("Soft targets", said, ""))
+            facts.append(("Kept of each", said, ""))
         share = number(dig(run.recipe, "method", "cross_entropy"))
         facts += [("Cross-entropy", f"{100 * share:g}% of the loss", "")] if share is not None else []
     return facts
@@ -159,7 +159,7 @@ def kept_of_distributions(spec: Any) -> str:
     warmth = number(dig(spec, "temperature"))
     at = f", at temperature {warmth:g}" if warmth is not None and warmth != 1 else ""
     if kind == "sampled":
-        return f"{count(draws)} draws of each{at}"
+        return f"{count(draws)} draws{at}"
     return f"the {count(k)} likeliest tokens and the rest's mass{at}" if kind == "topk" else ""
 
 

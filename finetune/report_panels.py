@@ -45,6 +45,7 @@ def panels(run: RunFiles) -> tuple[Panel, list[tuple[str, list[Panel]]]]:
     kind, keys = method_of(run).kind, list(dict.fromkeys(key for line in run.training for key in line))
     loss, rewards = _loss(kind), _rewards(run, keys)
     groups = [
+        ("Teacher and student", _taught(run)),
         ("Signal", list(SIGNAL)),
         ("Completions", _completions(run)),
         ("Policy", _policy(run) if rewards else []),
@@ -53,7 +54,7 @@ def panels(run: RunFiles) -> tuple[Panel, list[tuple[str, list[Panel]]]]:
     ]
     lead = rewards or loss
     drawn = [lead, *(panel for _, found in groups for panel in found)]
-    groups.insert(4, ("Held-out rows", _held_out(run, {panel.held_out for panel in drawn})))
+    groups.insert(5, ("Held-out rows", _held_out(run, {panel.held_out for panel in drawn})))
     known = TOLD_ELSEWHERE | {key for panel in drawn for key, _ in panel.curves}
     others = [key for key in keys if key not in known and not key.startswith(REWARD)][:MOST_OTHERS]
     groups.append(("Further series", [Panel(_spelt(key), ((key, ""),), "") for key in others]))
@@ -70,9 +71,11 @@ def _loss(kind: str) -> Panel:
         "sft": "Falls fast, then levels off. A held-out loss that rises again means that rows are learnt by heart.",
         "grpo": "Moves around zero and is no measure of progress: the rewards are.",
         "orpo": "The imitation loss and the odds ratio together. Healthy: falls, then levels off.",
+        "logits": "Divergence from the teacher and cross-entropy, weighted. Healthy: falls, levels off above zero.",
+        "on_policy": "Divergence from the teacher on the student's own answers, in nats per token. Healthy: falls.",
     }
     note = notes.get(kind, "Healthy: falls from the start on. Whether pairs are told apart shows below.")
-    held_out = "" if kind in ("dpo", "kto", "orpo", "reward", "grpo") else "loss"
+    held_out = "" if kind in ("dpo", "kto", "orpo", "reward", "grpo", "logits", "on_policy") else "loss"
     return Panel("Training loss", (("loss", ""),), note if kind else "", held_out, smooth=True)
 
 
@@ -110,14 +113,68 @@ SIGNAL = (
 )
 
 
+def _taught(run: RunFiles) -> list[Panel]:
+    """How near the student is to the distributions of its teacher, at the tokens of a step."""
+    sampled = dig(run.recipe, "teacher", "logits", "kind") == "sampled"
+    over = "over tokens that were drawn of it" if sampled else "over the kept tokens and the rest as one"
+    return [
+        Panel(
+            "Divergence from the teacher",
+            (("divergence", ""),),
+            f"Kullback-Leibler, {over}, in nats per token. Healthy: falls towards zero.",
+            from_zero=not sampled,
+            smooth=True,
+        ),
+        Panel(
+            "Agreement",
+            (("agreement", ""),),
+            "Tokens where the student's likeliest choice is the teacher's. Healthy: rises.",
+            kind="share",
+            from_zero=True,
+            smooth=True,
+        ),
+        Panel(
+            "Probability on the kept tokens",
+            (("student_head_mass", "student"), ("head_mass", "teacher")),
+            "Healthy: the student rises to its teacher. Above it, the student is surer of them than the teacher was.",
+            kind="share",
+            smooth=True,
+        ),
+        Panel(
+            "Calibration error",
+            (("calibration_error", ""),),
+            "Between how sure the student is of its likeliest token and how often that one is written. Healthy: low.",
+            kind="share",
+            from_zero=True,
+            smooth=True,
+        ),
+        Panel(
+            "Cross-entropy",
+            (("token_loss", ""),),
+            "Of the tokens that are written, in nats. Healthy: falls; what the teacher doubts remains in it.",
+            "loss" if method_of(run).kind == "logits" else "",
+            smooth=True,
+        ),
+        Panel(
+            "Loss of matched and of other tokens",
+            (("matched_loss", "both have it"), ("unmatched_loss", "one has it")),
+            "GOLD, across tokenizers: by likelihood where both have the token, by rank elsewhere. Healthy: both fall.",
+            smooth=True,
+        ),
+    ]
+
+
 def _completions(run: RunFiles) -> list[Panel]:
     most = number(dig(run.recipe, "method", "max_new_tokens"))
     cut = f"Cut at {count(most)} tokens" if most is not None else "Cut at the longest length"
+    grows = "Healthy: grows only where the reward does; else a reward pays for length."
+    if method_of(run).kind == "on_policy":
+        grows = "Healthy: comes near the length of the teacher's answers."
     return [
         Panel(
             "Completion length",
             (("completion_length", ""),),
-            "Mean, in tokens. Healthy: grows only where the reward does; else a reward pays for length.",
+            f"Mean, in tokens. {grows}",
             from_zero=True,
         ),
         Panel(
@@ -132,7 +189,7 @@ def _completions(run: RunFiles) -> list[Panel]:
 
 def _entropy(run: RunFiles) -> Panel:
     note = "How open the next token is, in nats. Healthy: settles; at zero the model no longer doubts."
-    if method_of(run).kind == "grpo":
+    if method_of(run).writes_itself:
         note = "Of the completions, in nats per token. Healthy: falls slowly; at zero all are alike."
     return Panel("Entropy", (("entropy", ""),), note, from_zero=True)
 

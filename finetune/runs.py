@@ -19,7 +19,7 @@ from recipes.errors import RecipeError, RetortError
 from recipes.lineage import MANIFEST, cannot_write, read_manifest, write_atomic
 from recipes.load import difference, load_recipe
 from recipes.schema import Recipe
-from recipes.student import LOGITS, PROMPTS, TEACHER, student_recipe
+from recipes.student import LOGITS, PROMPTS, TEACHER, decides, student_recipe
 
 RECIPE = "recipe.yaml"
 STATE = "state.json"
@@ -121,6 +121,25 @@ def _open(recipe: Recipe, resume: bool, fresh: bool) -> Run:
         write_atomic(folder / RECIPE, recipe_yaml(recipe))
         write_atomic(folder / STATE, json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")
     return Run(folder, status, _id(folder), tuple(notes), lock)
+
+
+def make_room(recipe: Recipe) -> list[str]:
+    """Set a finished run aside before the teacher's work in its directory becomes another recipe's; returns notes.
+
+    Raises:
+        RecipeError: a run there has begun to train on the teacher's work as it is, and is not finished.
+    """
+    folder, notes = recipe.run_dir, list[str]()
+    found = load_run_recipe(folder)
+    if found is None or decides(found.resolved()) == decides(recipe.resolved()):
+        return notes
+    if read_manifest(folder) is None:
+        if _has_trained(folder):
+            remedy = "let it finish, or choose another output"
+            raise RecipeError("holds an unfinished run that trains on the teacher's earlier work", str(folder), remedy)
+        return notes
+    _move_aside(folder, _lock(folder), notes).close()
+    return notes
 
 
 def is_finished(recipe: Recipe) -> bool:

@@ -99,7 +99,7 @@ def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset])
     layout = stages.write_layout(recipe, device, prepared, folder)
     rows = read_rows(prepared.folder, "train")
     if recipe.method.key == "on_policy":
-        say(*check_on_policy(recipe, tokenizer, rows[:8]))
+        say(*check_on_policy(recipe, tokenizer, rows))
     held_out = read_rows(prepared.folder, "eval")
     measured, watched = choose_rows(held_out, recipe)
     stages.write_masks(folder, rows, tokenizer)

@@ -192,7 +192,7 @@ class Verified(Section):
 class Vote(Section):
     """The answer differs from that of most samples of its prompt."""
 
-    share: Share = Field(0.5, description="share of the samples that the most frequent answer needs; cut ones count, without a vote")
+    share: Share = Field(0.5, description="of the samples, cut ones too, that the most frequent answer needs")
 
 
 class NearDuplicate(Section):

@@ -11,6 +11,7 @@ from data_prep.rows import before_answer
 from distill.filters import Candidate, Verify
 from distill.generate import generate
 from finetune import rewards
+from finetune.runs import make_room
 from recipes.errors import RecipeError
 from recipes.schema import Recipe
 
@@ -29,7 +30,10 @@ def generate_rows(recipe: Recipe, shard: str | None = None, quiet: bool = False)
     def say(line: str) -> None:
         print(line, file=sys.stderr if quiet else sys.stdout, flush=True)
 
-    return generate(recipe, verifier(recipe), _shard(shard), say)
+    part = _shard(shard)
+    for note in make_room(recipe):
+        say(note)
+    return generate(recipe, verifier(recipe), part, say)
 
 
 def _shard(text: str | None) -> tuple[int, int]:

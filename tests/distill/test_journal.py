@@ -67,7 +67,7 @@ class StandIn:
         say: turns one answer into those that the engine yields.
         fail: raised instead of the answer to this position.
         pause: seconds before each answer.
-        gather: requests taken before the first of them is answered; each takes a pause.
+        gather: requests taken before the first of them is answered.
     """
 
     def __init__(
@@ -90,10 +90,7 @@ class StandIn:
 
     def _generate(self, requests: Iterator[Request]) -> Iterator[Completion]:
         try:
-            gathered = []
-            for request in itertools.islice(requests, self.gather):
-                time.sleep(self.pause)
-                gathered.append(request)
+            gathered = list(itertools.islice(requests, self.gather))
             for number, request in enumerate(itertools.chain(gathered, requests)):
                 self.asked.append(request.key)
                 if self.log is not None:
@@ -563,7 +560,7 @@ def test_a_consumer_that_leaves_stops_the_engine_and_what_was_received_stays(tmp
             list(answers)
 
     for number, leave in enumerate((leave_by_close, leave_by_error, leave_by_forgetting) * 2):
-        folder, engine = tmp_path / str(number), StandIn(pause=0.001, gather=200 * (number % 2))
+        folder, engine = tmp_path / str(number), StandIn(pause=0.001, gather=5000 * (number % 2))
         journal = Journal(folder)
         leave(journal, engine)
         assert engine.cleared_up.is_set()  # its own finally has run
