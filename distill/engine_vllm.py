@@ -131,7 +131,10 @@ class VllmTeacher:
         sampling = {name: int(value) if name == "top_k" else value for name, value in request.sampling.items()}
         params = None
         if limit > 0:
-            params = self._params(seed=request.seed, max_tokens=limit, logprobs=self._capture, **sampling)
+            try:
+                params = self._params(seed=request.seed, max_tokens=limit, logprobs=self._capture, **sampling)
+            except (TypeError, ValueError) as error:
+                raise EngineError(f"vLLM refuses the sampling: {_words(error)}", "teacher.sampling") from None
         return _Job(list(request.prompt_ids), params, request)
 
     def _completion(self, job: _Job, output: Any, seconds: float) -> Completion:

@@ -17,7 +17,7 @@ from recipes.schema_teacher import TransformersEngine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLACE = "teacher.engine.transformers"
-BOUND = 1 << 14  # bounds the context of models that state none
+BOUNDLESS = 1 << 20  # context of models that state none
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def _context(config: Any) -> int:
     """Positions of the model. YaRN and its like often state the unscaled number with a factor (Qwen2.5, for one)."""
-    positions = getattr(config, "max_position_embeddings", None) or BOUND
+    positions = getattr(config, "max_position_embeddings", None) or BOUNDLESS
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if isinstance(scaling, dict) and scaling.get("original_max_position_embeddings", positions) == positions:
         factor = scaling.get("factor")

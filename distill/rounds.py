@@ -131,14 +131,14 @@ def going_on(asked: Round, thread: Thread, completion: Completion) -> Iterator[T
     _, answer = split_thinking(completion.text)
     if completion.truncated or not answer:
         return
-    row = thread.row
+    row = replace(thread.row, grouped=thread.row.group)  # however it goes on, it stays on its side of a split
     if asked.write == "answer":
         yield replace(thread, row=replace(row, messages=(*row.messages, {"role": "assistant", "content": answer})))
     elif asked.write == "user":
         yield replace(thread, row=replace(row, messages=(*row.messages, {"role": "user", "content": answer})))
     else:
         for columns in parts(asked, answer):
-            yield replace(thread, row=replace(row, extra={**row.extra, **columns}, grouped=row.group))
+            yield replace(thread, row=replace(row, extra={**row.extra, **columns}))
 
 
 def parts(asked: Round, answer: str) -> list[dict[str, Any]]:

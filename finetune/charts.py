@@ -264,7 +264,7 @@ def funnel(
     most = max(whole[1], kept[1] + sum(n for _, n in losses))
     if not most > 0:
         return None
-    left, right, row = 158.0, width - 134.0, 30.0
+    left, right, row = 150.0, width - 150.0, 30.0
 
     def long(n: float) -> float:
         return n / most * (right - left)
@@ -275,7 +275,7 @@ def funnel(
         said = f"{label}: {n:,.0f}, {share}"
         value = f"{n:,.0f}" if kind == "all" else f"{n:,.0f} · {share}"
         wide = max(long(n), 1.5 if n else 0.0)
-        return FunnelStep(shortened(label, 18), 10 + row * place, start, wide, long(before), kind, value, said)
+        return FunnelStep(shortened(label, 16), 10 + row * place, start, wide, long(before), kind, value, said)
 
     steps, before = [step(0, *whole, most, "all")], most
     for label, n in losses:

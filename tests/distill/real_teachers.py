@@ -32,7 +32,7 @@ DRAWN = {
     "repetition_penalty": 1.1,
     "presence_penalty": 0.1,
 }
-LONGEST = 12  # tokens of an answer; some want more and are cut
+LONGEST = 8  # tokens of an answer; some want more and are cut
 WINDOW = 400  # tokens of prompt and answer, of vLLM in process
 SIDE = 4  # answers side by side
 K = 16

@@ -1,4 +1,4 @@
-"""The generate stage with a real teacher: what it leaves, what a rerun asks for, shards, rounds, and what it refuses."""
+"""The generate stage with a real teacher: what it leaves, what a rerun asks for, shards, rounds, refusals."""
 
 from __future__ import annotations
 
