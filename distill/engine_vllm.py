@@ -131,10 +131,8 @@ class VllmTeacher:
         sampling = {name: int(value) if name == "top_k" else value for name, value in request.sampling.items()}
         params = None
         if limit > 0:
-            try:
+            with _failing("refuses the sampling", "teacher.sampling", ""):
                 params = self._params(seed=request.seed, max_tokens=limit, logprobs=self._capture, **sampling)
-            except (TypeError, ValueError) as error:
-                raise EngineError(f"vLLM refuses the sampling: {_words(error)}", "teacher.sampling") from None
         return _Job(list(request.prompt_ids), params, request)
 
     def _completion(self, job: _Job, output: Any, seconds: float) -> Completion:
@@ -277,11 +275,14 @@ def _load_tokenizer(folder: str) -> Any:
 
 
 @contextmanager
-def _failing() -> Iterator[None]:
+def _failing(
+    what: str = "failed", place: str = PLACE, remedy: str = "run again; what was answered is kept"
+) -> Iterator[None]:
+    """Say in one line what vLLM says in many; its exceptions have no common base."""
     try:
         yield
     except Exception as error:
-        raise EngineError(f"vLLM failed: {_words(error)}", PLACE, "run again; what was answered is kept") from None
+        raise EngineError(f"vLLM {what}: {_words(error)}", place, remedy) from None
 
 
 def _words(error: Exception) -> str:

@@ -149,6 +149,8 @@ def generate(recipe: Recipe, verify: Verify | None = None, shard: Shard = (1, 1)
         try:
             stats = _run(stage, rows, held_out, prompts, verify, verdict, assets, words)
         finally:
+            for note in getattr(stage.opened, "notes", ()):
+                say(f"note: {note}")
             stage.close()
             stage.note_session()
     return stats

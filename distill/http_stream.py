@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 
 from distill.http_client import CONNECT, Call, Client
-from distill.http_errors import Again, failed, shown
+from distill.http_errors import Again, failed, shown, words
 from recipes.errors import EngineError
 
 PATIENCE = 300.0  # seconds for which all endpoints may be gone; at least what one answer may take
@@ -300,6 +300,8 @@ class _Run:
             raise Again("its reply is no JSON", endpoint_ill=True) from None
         if not isinstance(reply, dict):
             raise Again("its reply is no JSON object", endpoint_ill=True)
+        if reply.get("error"):  # some gateways say so with status 200
+            raise Again(f"its reply is an error ({words(response.text, client.key)})", endpoint_ill=True)
         client.watch(endpoint.url, reply)
         return call.read(reply, self.loop.time() - started)
 

@@ -103,8 +103,11 @@ class Asker:
         """Names the answer in the journal. A greedy answer has one sample, whatever the seed."""
         greedy = not self.sampling.get("temperature")
         drawn = [] if greedy else [self.recipe.seed, sample]
-        tools = row.tools if self.tokenizer is None else None  # rendered, they are part of the prompt
-        return sha256_json([self.identity, prompt, tools, self.sampling, drawn])[:32]
+        assert self.recipe.teacher is not None
+        rendering = None  # with a tokenizer it is in the prompt
+        if self.tokenizer is None:
+            rendering = [row.tools, self.recipe.teacher.template_kwargs]
+        return sha256_json([self.identity, prompt, rendering, self.sampling, drawn])[:32]
 
 
 def question(asked: Round, thread: Thread) -> tuple[Message, ...]:

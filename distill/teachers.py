@@ -118,7 +118,12 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
         return ReplayTeacher(recipe).identity
     from distill.identity import model_identity
 
-    return model_identity(recipe)
+    found = model_identity(recipe)
+    if name == "http":  # what else decides the answers of a server
+        options = recipe.teacher.engine.options
+        named = {"served_as": options.served_as, "extra_body": options.extra_body}
+        found = {**found, **{key: value for key, value in named.items() if value}}
+    return found
 
 
 def open_teacher(recipe: Recipe, tokenizer: Any | None) -> Teacher:

@@ -255,8 +255,8 @@ def funnel(
     """What was there, what each step took away from the rest, and what was kept: lying bars, from top to bottom.
 
     Args:
-        whole, losses, kept: (label, how many) each, none below zero. Where the losses and what is kept are more than
-            the whole, the whole is drawn as their sum.
+        whole, losses, kept: (label, how many) each, none below zero. Shares are of the whole, or of the losses and what
+            is kept where these are more.
 
     Returns:
         None where there was nothing.

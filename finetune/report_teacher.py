@@ -191,7 +191,7 @@ def _money(run: RunFiles, read: float | None, written: float | None, seconds: fl
     asked = [(tally(price.get(key)) or 0.0, says) for key, says in PRICES.items()]
     amounts = ((read or 0.0) / 1e6, (written or 0.0) / 1e6, seconds / 3600)
     whole, rows = sum(each * amount for (each, _), amount in zip(asked, amounts, strict=True)), _rows(run)
-    at = ", ".join(f"{each:g} {says}" for each, says in asked if each)
+    at = ", ".join(f"{each:,.10g} {says}" for each, says in asked if each)
     return _amount(whole), _amount(whole / rows) if rows else DASH, f"at {at}" if at else "no price is set"
 
 

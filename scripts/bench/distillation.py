@@ -231,8 +231,12 @@ def batch_targets(logits: torch.Tensor, actual: torch.Tensor, spec: Logits | Non
     return targets_of(sparsify(logits, actual, spec or Logits(k=1), generator), actual)
 
 
-def measured(student: Any, teacher: torch.Tensor, texts: torch.Tensor) -> dict[str, float]:
-    """On held-out text, against the teacher's log-probabilities (positions, V), exactly: no token is drawn."""
+def measured(student: Any, teacher: torch.Tensor, texts: torch.Tensor, k: int) -> dict[str, float]:
+    """On held-out text, against the teacher's log-probabilities (positions, V), exactly: no token is drawn.
+
+    `kl` is the whole divergence; of it, `inside` is that of the k likeliest tokens and one for the rest, and what is
+    left comes from how the mass of the rest is spread (chain rule).
+    """
     with torch.no_grad():
         q = torch.cat([student(part).logits[:, :-1] for part in texts.split(16)]).flatten(0, 1).log_softmax(-1)
     p = teacher.exp()
@@ -240,83 +244,88 @@ def measured(student: Any, teacher: torch.Tensor, texts: torch.Tensor) -> dict[s
     right = p.gather(1, guess[:, None])[:, 0]  # how often the guess is the teacher's token
     bins = (sure * 15).ceil().long().clamp(1, 15) - 1
     gaps = torch.zeros(15, dtype=sure.dtype).index_add(0, bins, sure - right)
-    entropy = -(q.exp() * q).sum(-1)
+    ids = teacher.topk(k).indices
+    rest = [z.scatter(1, ids, -torch.inf).logsumexp(-1) for z in (teacher, q)]
+    head = (p * (teacher - q)).gather(1, ids).sum(-1)
     return {
         "kl": float((p * (teacher - q)).sum(-1).mean()),
+        "inside": float((head + rest[0].exp() * (rest[0] - rest[1])).mean()),
         "ece": float(gaps.abs().sum() / len(q)),
         "over": float((sure - right).mean()),
+        "tail": float(rest[1].exp().mean()),
         "agreement": float((guess == teacher.argmax(-1)).double().mean()),
-        "entropy": float(entropy.mean()),
     }
 
 
-def study(seeds: int, steps: int, k: int, draws: int, batch: int, width: int) -> None:
-    """Print one line for each target: means over seeds with 95 % intervals."""
-    teacher, start = model_of("tiny-teacher").eval(), model_of("tiny")
-    pool = torch.tensor(texts_of("train.jsonl", 1024, width))
-    held_out = torch.tensor(texts_of("heldout.jsonl", 48, width))
+def teacher_logits(teacher: Any, texts: torch.Tensor) -> torch.Tensor:
+    """(rows, width - 1, V), float32."""
     with torch.no_grad():
-        reference = (
-            torch.cat([teacher(part).logits[:, :-1] for part in held_out.split(16)]).flatten(0, 1).log_softmax(-1)
-        )
+        return torch.cat([teacher(part).logits[:, :-1] for part in texts.split(16)])
+
+
+def study(seeds: int, steps: int, k: int, draws: int, batch: int, width: int) -> None:
+    """Print one line for each target: means over seeds with 95 % intervals, after a quarter of the steps and all."""
+    teacher, start = model_of("tiny-teacher").eval(), model_of("tiny").eval()
+    pool, held_out = (
+        torch.tensor(texts_of(name, n, width)) for name, n in (("train.jsonl", 512), ("heldout.jsonl", 48))
+    )
+    said, reference = teacher_logits(teacher, pool), teacher_logits(teacher, held_out).flatten(0, 1).log_softmax(-1)
     kinds = variants(k, draws)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("untrained", *kinds)}
+    marks = (steps // 4, steps)
+    found: dict[tuple[str, int], list[dict[str, float]]] = {(name, mark): [] for name in kinds for mark in marks}
     sizes: dict[str, list[float]] = {name: [] for name in kinds}
-    began = time.monotonic()
+    began = time.process_time()
     for seed in range(seeds):
-        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-        draw = torch.Generator().manual_seed(1000 + seed)
+        draw = torch.Generator().manual_seed(seed)
+        order = torch.cat([torch.randperm(len(pool), generator=draw) for _ in range(1 + steps * batch // len(pool))])
         students = {name: copy.deepcopy(start).train() for name in kinds}
         optimizers = {n: torch.optim.AdamW(s.parameters(), lr=1e-3, weight_decay=0.0) for n, s in students.items()}
         for step in range(steps):
-            texts = pool[order[torch.arange(step * batch, (step + 1) * batch) % len(pool)]]
-            with torch.no_grad():
-                logits = teacher(texts).logits[:, :-1].flatten(0, 1)
+            rows = order[step * batch : (step + 1) * batch]
+            logits = said[rows].flatten(0, 1)
             actual = torch.multinomial(logits.softmax(-1), 1, generator=draw)[:, 0]
             for name, (spec, share, scaled) in kinds.items():
                 targets = batch_targets(logits, actual, spec, 10_000 * seed + step)
-                if step < 5:
-                    used = (targets.log_probs > -torch.inf).sum() / len(targets)
-                    sizes[name].append(0.0 if spec is None else 6 + float(used) * (6 if spec.kind == "topk" else 8))
-                hidden = students[name].model(texts).last_hidden_state[:, :-1].flatten(0, 1)
+                used = float((targets.log_probs > -torch.inf).sum()) / len(targets)
+                sizes[name].append(0.0 if spec is None else 6 + used * (6 if spec.kind == "topk" else 8))
+                hidden = students[name].model(pool[rows]).last_hidden_state[:, :-1].flatten(0, 1)
                 targets = renormalised(targets) if scaled else targets
                 loss, _ = sparse_divergence(hidden, Head(students[name].lm_head.weight), targets, share)
                 loss.backward()
-                for group in optimizers[name].param_groups:
-                    group["lr"] = 1e-3 * min(1.0, (step + 1) / 10) * (1 - step / steps)
+                optimizers[name].param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 10) * (1 - step / steps)
                 torch.nn.utils.clip_grad_norm_(students[name].parameters(), 1.0)
                 optimizers[name].step()
                 optimizers[name].zero_grad(set_to_none=True)
-        if not seed:
-            found["untrained"].append(measured(start.eval(), reference, held_out))
-        for name, student in students.items():
-            found[name].append(measured(student.eval(), reference, held_out))
-        print(f"seed {seed}: " + ", ".join(f"{n} {found[n][-1]['kl']:.4f}" for n in kinds), flush=True)
-    lines = []
-    for name, results in found.items():
-        means = [interval([r[m] for r in results], 4) for m in ("kl", "ece", "over", "agreement", "entropy")]
-        beyond = [a["kl"] - b["kl"] for a, b in zip(results, found["full"], strict=False)]
-        size = f"{statistics.mean(sizes[name]):.0f}" if sizes.get(name) else ""
-        lines.append(
-            [name, size, means[0], interval(beyond, 4) if name in kinds and name != "full" else "", *means[1:]]
-        )
-    header = ["target", "bytes/token", "KL", "KL beyond full", "ECE", "over-confidence", "agreement", "entropy"]
-    own = float(-(reference.exp() * reference).sum(-1).mean())
-    head = float(reference.exp().topk(k).values.sum(-1).mean())
-    show(
-        f"{seeds} seeds, {steps} steps of {batch} x {width} tokens; {len(reference):,} held out; the teacher's "
-        f"entropy {own:.4f}, its mass on {k} tokens {head:.3f}; {time.monotonic() - began:.0f} s",
-        header,
-        lines,
+            if step + 1 in marks:
+                for name, student in students.items():
+                    found[name, step + 1].append(measured(student.eval(), reference, held_out, k))
+                    student.train()
+                values = ", ".join(f"{name} {found[name, step + 1][-1]['kl']:.4f}" for name in kinds)
+                print(f"seed {seed}, step {step + 1}: {values}", flush=True)
+    own, mass = -(reference.exp() * reference).sum(-1).mean(), reference.exp().topk(k).values.sum(-1).mean()
+    print(
+        f"\n{seeds} seeds; steps of {batch} x {width} tokens; {len(reference):,} positions held out, where the "
+        f"teacher's entropy is {own:.3f} and its mass on {k} tokens {mass:.3f}; {time.process_time() - began:.0f} s"
     )
+    metrics = ("kl", "inside", "ece", "over", "tail", "agreement")
+    header = ["target", "bytes/token", "KL", "beyond full", f"within {k} + rest", "ECE", "over-confidence",
+              f"mass beyond {k}", "agreement"]  # fmt: skip
+    before = measured(start, reference, held_out, k)
+    for mark in marks:
+        lines = [["untrained", "", f"{before['kl']:.3f}", "", *(f"{before[name]:.3f}" for name in metrics[1:])]]
+        for name in kinds:
+            results = found[name, mark]
+            means = [interval([r[metric] for r in results]) for metric in metrics]
+            beyond = interval([a["kl"] - b["kl"] for a, b in zip(results, found["full", mark], strict=True)])
+            size = f"{statistics.mean(sizes[name]):.0f}"
+            lines.append([name, size, means[0], "" if name == "full" else beyond, *means[1:]])
+        show(f"after {mark} steps", header, lines)
 
 
-def interval(values: list[float], digits: int) -> str:
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.{digits}f}"
+def interval(values: list[float]) -> str:
+    """Mean and half of the 95 % interval over seeds (Student's t)."""
     half = T95[len(values)] * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    return f"{statistics.mean(values):.3f} ± {half:.3f}"
 
 
 def main() -> None:
@@ -324,16 +333,16 @@ def main() -> None:
     parser.add_argument("--study", action="store_true")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--width", type=int, default=96, help="tokens of a row")
-    parser.add_argument("--seeds", type=int, default=4, choices=sorted(T95))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--width", type=int, help="tokens of a row; default 96, of the study 64")
+    parser.add_argument("--seeds", type=int, default=3, choices=sorted(T95))
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--draws", type=int, default=50)
     options = parser.parse_args()
     if options.study:
-        study(options.seeds, options.steps, options.k, options.draws, options.batch // 2, options.width)
+        study(options.seeds, options.steps, options.k, options.draws, options.batch // 2, options.width or 64)
     else:
-        cost(options.batch, options.width, options.rounds)
+        cost(options.batch, options.width or 96, options.rounds)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ DISTURBANCES: dict[str, tuple[Any, dict[str, Any]]] = {
     "no JSON": (some(0.3, Raw(b"{"), Raw(b""), Raw(b"\xff\xfe"), Raw(b"[1]"), Raw(b'"text"')), {}),
     "half a body": (some(0.3, Raw(b'{"choices": [{"mess', missing=40)), {}),
     "no choices": (some(0.3, Changed({"choices": []}), Changed({"choices": 1}), Changed({}, {"message": None})), {}),
+    "errors in replies": (some(0.3, Changed({"error": {"message": "overloaded"}, "model": "gateway"})), {}),
     "broken off": (some(0.3, Changed({}, {"finish_reason": "abort"}, {"content": "the co"})), {}),
     "out of order": (some(1.0, *(Late(x / 100) for x in range(12))), {}),
     "asked to wait": (some(0.1, Status(429, headers=LIMITS), Status(503, headers=LIMITS)), {}),

@@ -625,3 +625,46 @@ def test_a_run_by_another_method_has_no_teacher(tmp_path: Path) -> None:
     page = Page(write_report(write_method(tmp_path, {"type": "sft"}, metric_lines())).read_text(encoding="utf-8"))
     assert "teacher" not in page.texts and page.count("div", **{"class": "answers four"}) == 0
     assert "Base and tuned" in page.text("comparison") and "eacher" not in page.text("comparison")
+
+
+@pytest.mark.slow
+def test_the_files_of_a_real_teacher_are_read_without_a_complaint(tmp_path: Path) -> None:
+    """The stage itself, and the report of what it left, before any training."""
+    from distill.generate import generate
+    from recipes.load import load_recipe
+
+    content = {
+        "name": "taught",
+        "output": str(tmp_path / "run"),
+        "model": {"base": "embedded:tiny"},
+        "data": {
+            "train": [{"embedded": "legal", "limit": 16}],
+            "eval": [{"embedded": "legal", "split": "heldout", "limit": 4}],
+        },
+        "teacher": {
+            "model": "embedded:tiny-teacher",
+            "sampling": {"max_tokens": 6},
+            "filters": ["truncated", "empty"],
+            "logits": {"k": 16},
+            "price": {"completion": 1e6},
+        },
+        "method": {"type": "distill", "mode": "logits"},
+        "train": {"seq_len": 352, "device": "cpu"},
+        "eval": {"samples": 4},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content), encoding="utf-8")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    stats = generate(recipe, say=lambda _: None)
+    (recipe.run_dir / "recipe.yaml").write_text(json.dumps(recipe.resolved()), encoding="utf-8")
+    page = report(recipe.run_dir)
+    teacher, result = page.text("teacher"), page.text("result")
+    cut, kept = stats["rejected"]["truncated"], stats["kept"]
+    assert cut > 0 and kept + cut == 16
+    assert f"answers: 16, 100.0%; truncated: {cut}, {100 * cut / 16:.1f}%; kept: {kept}, " in teacher
+    tokens = stats["completion_tokens"]
+    assert f"Answer tokens written {tokens} {tokens / kept:.1f}" in teacher
+    assert f"Money {tokens:,}.00 USD {tokens / kept:,.2f} USD at 1,000,000 a million answer tokens" in teacher
+    assert "Length of all answers: 16 answers of" in teacher and f"Length of kept answers: {kept} answers" in teacher
+    assert f"of {json.loads((recipe.run_dir / 'logits/manifest.json').read_text())['counts']['rows']} rows" in teacher
+    assert f"Truncated: {min(3, cut)}" in teacher and "cut after 6 tokens" in teacher
+    assert "teacher/" not in result and "logits/" not in result and "eval.json: not written" in result
