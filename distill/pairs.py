@@ -80,6 +80,8 @@ def _ask(
                     found.setdefault(thread.prompt, {})[one.sample] = replace(completion, sparse=None)
         finally:
             for one_teacher in opened:
+                for note in getattr(one_teacher, "notes", ()):
+                    say(f"note: {note}")
                 one_teacher.close()
     return {prompt: [several[n] for n in sorted(several)] for prompt, several in found.items()}
 

@@ -156,6 +156,7 @@ METHOD_OWNED = {
     },
 }
 METHOD_OWNED["preference"] = METHOD_OWNED["dpo"]
+METHOD_OWNED["logits"] = {"loss_type": "method.cross_entropy", "label_smoothing_factor": "method.cross_entropy"}
 CONFIGS = {
     "sft": "trl:SFTConfig",
     "dpo": "trl:DPOConfig",

@@ -80,6 +80,7 @@ def build_logits(job: Job) -> Any:
         raise RecipeError("has no loss_type and no label smoothing", "train.extra", "method.cross_entropy mixes losses")
     data, collator = target_dataset(job, cache)
     trainer = make_trainer(Distilled, job, config, data, data_collator=collator)
+    trainer.model_accepts_loss_kwargs = True  # whatever the model does with them, this loss is over the whole step
     base = base_of(trainer.model)
     add_divergence(base, share, spec.temperature)
     check_head(trainer.model, job.rows[0]["input_ids"][:LOOK])

@@ -29,7 +29,7 @@ REASONS = {
     "verified": "not verified",
     "vote": "outvoted",
 }
-CHOSEN = {"not_best": "a better answer to the prompt is kept", "not_first": "an earlier answer to the prompt is kept"}
+CHOSEN = {"not_best": "A better answer to the prompt is kept", "not_first": "An earlier answer to the prompt is kept"}
 
 Problems = list[tuple[str, str]]
 

@@ -177,6 +177,7 @@ def test_requests_are_taken_as_they_are_needed(open_one: Open, prompts: list[tup
 # Sampling
 
 
+@pytest.mark.slow
 def test_drawn_answers_depend_on_the_request_alone(open_one: Open, prompts: list[tuple[int, ...]]) -> None:
     asked = requests(prompts[24:36], DRAWN, limit=12, samples=3)
     found = ids_of(open_one(batching="plain"), asked)
@@ -196,10 +197,11 @@ def test_drawn_answers_depend_on_the_request_alone(open_one: Open, prompts: list
 def test_without_room_to_choose_a_draw_is_greedy(
     open_one: Open, prompts: list[tuple[int, ...]], alone: list[tuple[int, ...]]
 ) -> None:
-    for sampling in ({"temperature": 1.5, "top_k": 1.0}, {"top_p": 1e-6}, {"temperature": 1.0, "min_p": 1.0}, {}):
-        for way in ("plain", "continuous"):
-            found = answers(open_one(batching=way), requests(prompts[:8], sampling))
-            assert [found[f"{n:03d}/0"].token_ids for n in range(8)] == alone[:8]
+    for way in ("plain", "continuous"):
+        teacher = open_one(batching=way)
+        for sampling in ({"temperature": 1.5, "top_k": 1.0}, {"top_p": 1e-6}, {"temperature": 1.0, "min_p": 1.0}, {}):
+            found = ids_of(teacher, requests(prompts[:4], sampling, limit=8))
+            assert [found[f"{n:03d}/0"] for n in range(4)] == [ids[:8] for ids in alone[:4]]
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
@@ -261,12 +263,12 @@ def assert_is(sparse: Sparse, log_probs: torch.Tensor, actual: torch.Tensor, k: 
 def test_what_is_kept_while_generating_is_what_scoring_finds(
     open_one: Open, prompts: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = requests(prompts[8:40], {**DRAWN, "repetition_penalty": 1.2})  # of which nothing may show in what is kept
+    asked = requests(prompts[16:36], {**DRAWN, "repetition_penalty": 1.2})  # of which nothing may show in what is kept
     teacher = open_one(batching="plain", logits={"k": 16})
     found = answers(teacher, asked)
     sequences = [_sequence(request, found[request.key]) for request in asked]
     scored = list(teacher.score(sequences))
-    assert sum(len(one.counts) for one in scored) > 300
+    assert sum(len(one.counts) for one in scored) > 200
     for request, (ids, _), one in zip(asked, sequences, scored, strict=True):
         kept = found[request.key].sparse
         assert kept is not None and len(kept.counts) == found[request.key].completion_tokens

@@ -248,7 +248,7 @@ def test_what_was_only_counted_is_told_from_what_was_dropped(tmp_path: Path) -> 
     assert "length 2 0.6% 0 The answer is shorter or longer, in tokens" in teacher
     assert "verified 155 43.1% 150 The sum of teacher.verify is lower (at least 1)" in teacher
     assert "vote 90 25.0% only counted The answer differs from that of most samples of its prompt" in teacher
-    assert "not best 120 33.3% 120 a better answer to the prompt is kept" in teacher
+    assert "not best 120 33.3% 120 A better answer to the prompt is kept" in teacher
     assert page.count("td", **{"class": "num care"}) == 1 and page.count("td", **{"class": "num bad"}) == 3
 
 
@@ -382,9 +382,10 @@ def test_base_student_and_teacher_are_compared(tmp_path: Path) -> None:
     assert "Base, student and teacher All on the same 240 held-out rows." in comparison
     assert "1 of 4 of the held-out prompts have no answer of their own" in comparison
     assert (
-        "Exact match 12.1% 8.3% to 16.2% 82.9% 77.9% to 87.5% 95.0% 90.0% to 100.0% +70.8 points < 0.001" in comparison
+        "Exact match 12.1% 8.3% to 16.2% 82.9% 77.9% to 87.5% 95.0% 90.0% to 100.0% +70.8 points p < 0.001 0.002 better"
+        in comparison
     )
-    assert "Held-out loss 3.912 3.801 to 4.020 0.634 0.581 to 0.690 – −3.278 < 0.001 – better" in comparison
+    assert "Held-out loss 3.912 3.801 to 4.020 0.634 0.581 to 0.690 – −3.278 p < 0.001 – better" in comparison
     assert "The teacher is not shown to be better than the base here, so there is no gap to close." in comparison
     dots = [attrs for tag, attrs in page.tags if tag == "circle" and attrs.get("class") == "dot teacher"]
     assert len(dots) == 5  # four metrics and the headline
