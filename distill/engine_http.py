@@ -28,6 +28,7 @@ from distill.http_client import Bucket, Call, Client
 from distill.http_errors import OPTIONS, Key, shown
 from distill.http_replies import Reply, Watch, read_answer, read_scores
 from distill.http_stream import stream
+from distill.identity import model_identity
 from distill.teachers import CUT, Completion, Request
 from recipes.errors import EngineError, RecipeError
 from recipes.evidence import host_at, host_named
@@ -52,8 +53,7 @@ class HttpTeacher:
     """Speaks the protocol of teachers.py.
 
     Attributes:
-        identity: the model and its name at the server. No address: other machines may serve the same. `extra_body` is
-            part of it where the recipe sets it, since it may change the answers.
+        identity: as identity.py tells it. No address: other machines may serve the same.
         estimated: answers whose token counts the server did not tell. They are counted with the tokenizer, or taken as
             a quarter of the characters where there is none.
         notes: what befell the endpoints.
@@ -71,9 +71,7 @@ class HttpTeacher:
             raise RecipeError(f"{ours[0]} is set by Retort", f"{OPTIONS}.extra_body", "leave it out")
         self.options, self.estimated = options, 0
         self.served = options.served_as or served_name(recipe.teacher.model)
-        self.identity: dict[str, Any] = {"engine": "http", "model": recipe.teacher.model, "served_as": self.served}
-        if options.extra_body:
-            self.identity["extra_body"] = options.extra_body
+        self.identity = model_identity(recipe)
         self.hosted = is_hosted(recipe.teacher.model, options.urls)
         watch = Watch(self.served, self.hosted)
         self.client = Client(

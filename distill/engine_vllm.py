@@ -6,6 +6,9 @@ from the answer's ids as under every other engine.
 
 Its distributions are the model's own, before temperature, penalties and cuts (logprobs_mode raw_logprobs), as wide as
 `teacher.logits.k`. What needs the whole vocabulary (kind sampled, another temperature) vLLM cannot give.
+
+Run with vLLM 0.32. Its releases so far (0.33) want transformers below 5.21, so it lives in an environment of its own,
+where Retort generates and does not train.
 """
 
 from __future__ import annotations
@@ -225,7 +228,10 @@ def _vllm() -> Any:
         return importlib.import_module("vllm")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
-            remedy = "install it (pip install retort[vllm]), or run `vllm serve` elsewhere and use engine: http"
+            remedy = (
+                "run `vllm serve` and use engine: http, or install vllm in an environment of its own, "
+                "since it wants an older transformers than Retort trains with"
+            )
             raise EngineError("vllm is not installed", "teacher.engine", remedy) from None
         raise EngineError(f"vllm cannot be imported: {_words(error)}", "teacher.engine", "mend its install") from None
 

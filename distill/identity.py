@@ -1,7 +1,7 @@
 """What tells one teacher from another: part of every request's key, of the journal and of the logit cache.
 
-The engine is no part of it, nor is the place of a folder. The same weights are the same teacher under transformers, vLLM
-or a server, here or on another machine, so what one of them began another goes on with.
+The engine is no part of it, nor is the place of a folder. The same weights are the same teacher under transformers,
+vLLM or a server, here or on another machine, so what one of them began another goes on with.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ State = tuple[tuple[str, int, int], ...]  # name, size in bytes and time of chan
 def model_identity(recipe: Recipe) -> dict[str, Any]:
     """The teacher that a recipe names, without starting it.
 
-    A folder is the hash of its weights, configuration and tokenizer (read whole: a second or two a GB). A hub repository
-    is its commit, which is looked up where this machine loads the weights; behind a server only the recipe can tell it,
-    for what the local cache holds says nothing of what is served. A service is its name.
+    A folder is the hash of its weights, configuration and tokenizer (read whole: a second or two a GB). A hub
+    repository is its commit, which is looked up where this machine loads the weights; behind a server only the recipe
+    can tell it, for what the local cache holds says nothing of what is served. A service is its name.
 
     Returns:
         `sha256`, or `model` and where it is known `commit`; and what of the engine's options changes the answers:
-        `quantization` where the weights are rounded, `extra_body` of a server's requests.
+        `quantization` where the weights are rounded, `served_as` and `extra_body` of a server's requests.
 
     Raises:
         RecipeError: the folder is missing or no model, or the repository cannot be reached.
@@ -71,8 +71,9 @@ def _options(teacher: Teacher) -> dict[str, Any]:
     found = {}
     if (rounded := getattr(options, "quantization", "none")) != "none":
         found["quantization"] = rounded
-    if body := getattr(options, "extra_body", None):
-        found["extra_body"] = body
+    for name in ("served_as", "extra_body"):
+        if value := getattr(options, name, None):
+            found[name] = value
     return found
 
 

@@ -118,12 +118,7 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
         return ReplayTeacher(recipe).identity
     from distill.identity import model_identity
 
-    found = model_identity(recipe)
-    if name == "http":  # what else decides the answers of a server
-        options = recipe.teacher.engine.options
-        named = {"served_as": options.served_as, "extra_body": options.extra_body}
-        found = {**found, **{key: value for key, value in named.items() if value}}
-    return found
+    return model_identity(recipe)
 
 
 def open_teacher(recipe: Recipe, tokenizer: Any | None) -> Teacher:

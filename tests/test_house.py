@@ -67,7 +67,9 @@ def test_schema_command_prints_json_schema(tmp_path: Path) -> None:
     assert {"name", "model", "data", "extends"} <= schema["properties"].keys()
 
 
-@pytest.mark.parametrize("name", ["scripts/run", "scripts/test", "scripts/check", "scripts/setup", ".ci/run"])
+@pytest.mark.parametrize(
+    "name", ["scripts/run", "scripts/test", "scripts/check", "scripts/setup", "tests/vllm_venv", ".ci/run"]
+)
 def test_scripts_are_executable_and_parse(name: str) -> None:
     path = ROOT / name
     assert os.access(path, os.X_OK)

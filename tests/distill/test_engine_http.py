@@ -225,7 +225,6 @@ def test_the_served_name(serve: Callable[..., ChaosServer]) -> None:
         teacher_at(server.url, model="embedded:tiny-teacher")
     teacher = teacher_at(server.url, model="org/legal@abc123", served_as="legal-70b", extra_body={"effort": "high"})
     assert teacher.identity == {
-        "engine": "http",
         "model": "org/legal@abc123",
         "served_as": "legal-70b",
         "extra_body": {"effort": "high"},

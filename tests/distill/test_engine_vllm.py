@@ -59,7 +59,7 @@ def test_a_missing_vllm_is_named() -> None:
         pytest.skip("vllm is installed here")
     with pytest.raises(EngineError, match="vllm is not installed") as error:
         VllmTeacher(recipe_for("vllm"), None)
-    assert error.value.exit_code == 6 and "retort[vllm]" in str(error.value)
+    assert error.value.exit_code == 6 and "run `vllm serve` and use engine: http" in str(error.value)
 
 
 @pytest.fixture(scope="module")
