@@ -285,6 +285,12 @@ def histogram(values: Sequence[int]) -> dict[str, list[float]]:
     return {"counts": counts.tolist(), "edges": edges.tolist()}
 
 
+def add_session(folder: Path, entry: dict[str, Any]) -> None:
+    """One line more, in one write: shards on other machines add theirs to the same file."""
+    with (folder / "sessions.jsonl").open("a", encoding="utf-8") as out:
+        out.write(json.dumps(entry) + "\n")
+
+
 def read_sessions(folder: Path) -> list[dict[str, Any]]:
     """Sessions of the stage so far, a torn last line left out."""
     path = folder / "sessions.jsonl"

@@ -100,7 +100,7 @@ class Stage:
                 "engine": self.recipe.teacher.engine.name,
                 "shard": list(self.shard),
             }
-            answers.write_lines(self.folder / "sessions.jsonl", [*answers.read_sessions(self.folder), entry])
+            answers.add_session(self.folder, entry)
             self.noted = True
 
     def stop_capturing(self) -> None:
@@ -135,7 +135,8 @@ def generate(recipe: Recipe, verify: Verify | None = None, shard: Shard = (1, 1)
     verdict, assets = examine(recipe)  # by the files of the teacher, now that those that can be had are here
     verdict.require()
     rows, held_out = _rows(recipe, prompts)
-    for note in require_pair(recipe, prompts.tokenizer, tokenizer, [list(row.messages) for row in rows[:8]]):
+    chats = [before_answer(row.messages) for row in rows]
+    for note in require_pair(recipe, prompts.tokenizer, tokenizer, chats, [row.tools for row in rows]):
         say(f"note: {note}")
     say(f"sampling: {words}")
     folder = recipe.run_dir / TEACHER

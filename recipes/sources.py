@@ -54,7 +54,9 @@ def _recipe_assets(recipe: Recipe, columns: bool) -> Iterator[Asset]:
         yield _run(recipe.model.run)
     if recipe.teacher is not None:
         yield asset_named(recipe.teacher.model, "teacher", recipe.teacher.license)
-    for term in recipe.method.rewards if recipe.method.type == "grpo" else ():
+    marking = [*(recipe.method.rewards if recipe.method.type == "grpo" else ())]
+    marking += recipe.teacher.verify if recipe.teacher is not None else ()
+    for term in marking:
         if term.judge is not None:
             yield asset_named(term.judge.model, "judge")
     for source in recipe.data.train:
