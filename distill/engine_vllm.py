@@ -69,6 +69,9 @@ class _Job:
 class VllmTeacher:
     """See `distill.teachers.Teacher`.
 
+    Attributes:
+        llm: vLLM itself.
+
     Args:
         tokenizer: the teacher's (transformers); loaded when None.
 
@@ -89,10 +92,11 @@ class VllmTeacher:
         self._name = teacher.model
         self._tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(options["tokenizer"])
         try:
-            self._engine: Any = vllm.LLM(**options).llm_engine
+            self.llm: Any = vllm.LLM(**options)
         except Exception as error:
             remedy = f"its messages above say more; {KEY}.memory, max_model_len and tensor_parallel decide what fits"
             raise EngineError(f"vLLM cannot start: {_words(error)}", PLACE, remedy) from None
+        self._engine = self.llm.llm_engine
         config = self._engine.vllm_config
         self._longest = int(config.model_config.max_model_len)
         self._flight = AHEAD * int(config.scheduler_config.max_num_seqs)

@@ -136,7 +136,9 @@ def generate(recipe: Recipe, verify: Verify | None = None, shard: Shard = (1, 1)
     verdict.require()
     rows, held_out = _rows(recipe, prompts)
     chats = [before_answer(row.messages) for row in rows]
-    for note in require_pair(recipe, prompts.tokenizer, tokenizer, chats, [row.tools for row in rows]):
+    for note in require_pair(
+        recipe, prompts.tokenizer, tokenizer, chats, [list(row.tools or ()) or None for row in rows]
+    ):
         say(f"note: {note}")
     say(f"sampling: {words}")
     folder = recipe.run_dir / TEACHER

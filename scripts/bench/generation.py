@@ -1,11 +1,13 @@
 """What our generation costs beside the engine's own: the same prompts, the same model, in one run.
 
-    python -m scripts.bench.generation [--model REF] [--prompts N] [--max-tokens N] [--side N] [--repeats N] [--drawn]
+    python -m scripts.bench.generation [--engine vllm] [--model REF] [--prompts N] [--max-tokens N] [--side N]
+                                       [--repeats N] [--drawn]
 
-Two pairs, each of them alternating, with tokens of answers a second:
+Pairs, each of them alternating, with tokens of answers a second:
 
 - continuous: our `generate` behind the journal, against `model.generate_batch` called directly, with the same cache.
 - plain: our `generate` behind the journal, against `model.generate` on the same padded batches.
+- vLLM (where it is installed): our `generate` behind the journal, against `LLM.generate` of the same engine.
 
 Ours renders no prompts (neither does the other side), but it decodes the answers and writes each to the disk before it
 counts. A ratio is that of two runs that follow one another; the table shows the median of the ratios and their range,
@@ -34,6 +36,7 @@ DRAWN = {"temperature": 1.0, "top_p": 0.95}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--model", default="embedded:tiny-teacher")
     parser.add_argument("--prompts", type=int, default=192)
     parser.add_argument("--max-tokens", type=int, default=48)
@@ -49,14 +52,26 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
     from data_prep.tokens import load_tokenizer
-    from distill.engine_transformers import TransformersTeacher
     from recipes.schema import Model
 
     tokenizer = load_tokenizer(Model(base=options.model)).backend
     asked = make_requests(tokenizer, options)
+    pairs = compare_vllm if options.engine == "vllm" else compare_transformers
+    title = f"{len(asked)} prompts, at most {options.max_tokens} tokens, {options.side} side by side, {options.model}"
+    columns = ["side", "tokens", "tokens/s", "ratio (range)", "ratio by processor time (range)"]
+    show(title, columns, pairs(options, folder, tokenizer, asked))
+
+
+def compare_transformers(
+    options: argparse.Namespace, folder: Path, tokenizer: Any, asked: list[Any]
+) -> list[list[str]]:
+    """Our side against transformers' two ways of generating."""
+    from distill.engine_transformers import TransformersTeacher
+
     lines = []
     for way, direct in (("continuous", generate_batch), ("plain", generate)):
-        teacher = TransformersTeacher(make_recipe(options, way, folder), tokenizer)
+        engine = {"batching": way, "batch_size": options.side, "device": options.device}
+        teacher = TransformersTeacher(make_recipe(options, {"transformers": engine}, folder), tokenizer)
         runs = 0
 
         def ours(teacher: Any = teacher, way: str = way) -> int:
@@ -70,8 +85,36 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         }
         lines += race(sides, options.repeats)
         teacher.close()
-    title = f"{len(asked)} prompts, at most {options.max_tokens} tokens, {options.side} side by side, {options.model}"
-    show(title, ["side", "tokens", "tokens/s", "ratio (range)", "ratio by processor time (range)"], lines)
+    return lines
+
+
+def compare_vllm(options: argparse.Namespace, folder: Path, tokenizer: Any, asked: list[Any]) -> list[list[str]]:
+    """Our side against vLLM's own offline client; both send token ids and get them back."""
+    from distill.engine_vllm import VllmTeacher
+
+    engine = {
+        "max_model_len": 512,
+        "dtype": "float32",
+        "extra": {"enforce_eager": True, "enable_prefix_caching": False},
+    }
+    teacher = VllmTeacher(make_recipe(options, {"vllm": engine}, folder), tokenizer)
+    runs = 0
+
+    def ours() -> int:
+        nonlocal runs
+        runs += 1
+        return journalled(teacher, asked, folder / f"vllm-{runs}")
+
+    def direct() -> int:
+        params = [teacher._params(max_tokens=one.max_tokens, seed=one.seed, **one.sampling) for one in asked]
+        prompts = [{"prompt_token_ids": list(one.prompt_ids)} for one in asked]
+        outputs = teacher.llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    try:
+        return race({"Retort, vLLM": ours, "LLM.generate": direct}, options.repeats)
+    finally:
+        teacher.close()
 
 
 def race(sides: dict[str, Callable[[], int]], repeats: int) -> list[list[str]]:
@@ -101,18 +144,17 @@ def _spread(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
-def make_recipe(options: argparse.Namespace, way: str, folder: Path) -> Any:
+def make_recipe(options: argparse.Namespace, engine: dict[str, Any], folder: Path) -> Any:
     from recipes.load import load_recipe
 
     rows, path = folder / "rows.jsonl", folder / "recipe.yaml"
     rows.write_text(json.dumps({"prompt": "What is 1 + 1?"}) + "\n", encoding="utf-8")
-    engine = {"batching": way, "batch_size": options.side, "device": options.device}
     tree = {
         "name": "bench",
         "model": {"base": "embedded:tiny"},
         "data": {"train": [{"path": str(rows)}]},
         "method": {"type": "distill"},
-        "teacher": {"model": options.model, "engine": {"transformers": engine}},
+        "teacher": {"model": options.model, "engine": engine},
     }
     path.write_text(json.dumps(tree), encoding="utf-8")
     return load_recipe(path)

@@ -133,6 +133,13 @@ def test_nothing_is_asked_of_a_teacher_whose_terms_forbid_it(tmp_path: Path) -> 
     done = run_cli("generate", str(path), cwd=tmp_path)
     assert done.returncode == 3 and "gpt-4o" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run" / "teacher").exists()
+    # A judge whose marks decide what the student learns is a part of its lineage as well.
+    judge = {"judge": {"model": "openai:gpt-4o", "url": "http://127.0.0.1:9/v1"}}
+    judged = recipe_file(
+        tmp_path, use={"purpose": "commercial", "distribute": True, "competes_with": []}, teacher={"verify": [judge]}
+    )
+    with pytest.raises(GateError, match="gpt-4o"):
+        taught(judged)
 
 
 def test_training_waits_for_the_teacher_and_notices_another_recipe(tmp_path: Path) -> None:
