@@ -19,6 +19,7 @@ from data_prep.tokens import load_tokenizer
 from recipes.errors import RecipeError, RetortError
 from recipes.gate import check
 from recipes.schema import Recipe
+from recipes.student import rows_folder
 
 Stage = Literal["read", "mask", "write"]
 STAGES: tuple[Stage, ...] = ("read", "mask", "write")
@@ -35,7 +36,7 @@ class Task:
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         check(self.recipe).require()
         if self.stage == "write":
-            prepare(self.recipe, self.run_dir)
+            prepare(self.recipe, self.run_dir, folder=rows_folder(self.recipe))
             return
         work = begin(self.recipe, self.run_dir)
         if self.stage == "read":

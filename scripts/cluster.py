@@ -6,6 +6,7 @@ from typing import Any
 
 from recipes.errors import RecipeError
 from recipes.schema import Recipe
+from recipes.student import rows_folder
 
 
 def submitted(recipe: Recipe, executor: Any, tasks: int, partition: str | None, time: str, memory: int) -> str:
@@ -21,4 +22,4 @@ def submitted(recipe: Recipe, executor: Any, tasks: int, partition: str | None, 
         raise RecipeError(f"there is no executor '{executor}'", "--executor", "it is local, slurm or ray")
     ids = submit(recipe, recipe.run_dir, Cluster(executor, tasks, partition, time, memory))
     lines = [f"job {number}: {stage}" for stage, number in zip(STAGES, ids, strict=False)]
-    return "\n".join([*lines, f"the data will be in {recipe.run_dir / 'data'}"])
+    return "\n".join([*lines, f"the data will be in {rows_folder(recipe)}"])
