@@ -23,7 +23,6 @@ from data_prep.rows import Row
 from distill.filter_pairs import near_duplicates, overlaps
 from distill.filter_texts import final_answer, grounding, leak, loops, marker, misses_format, wrong_language
 from distill.teachers import Completion
-from recipes.errors import RecipeError
 from recipes.lineage import canonical_json
 from recipes.schema import Recipe
 from recipes.schema_teacher import (
@@ -154,9 +153,6 @@ def judge(
     Args:
         verify: marks answers by the recipe's reward functions; without it scores stay as they are.
         held_out: rows that the student is measured on.
-
-    Raises:
-        RecipeError: the pattern of the filter `format` is no regular expression.
     """
     teacher = recipe.teacher
     assert teacher is not None
@@ -237,7 +233,7 @@ def _looks(options: dict[str, Any], keep_thinking: bool, columns: set[str]) -> d
         "empty": lambda c: "no answer" if not c.answer and not c.completion.tool_calls else None,
     }
     if (form := options.get("format")) is not None:
-        pattern = _compiled(form.pattern)
+        pattern = re.compile(form.pattern, re.DOTALL) if form.pattern is not None else None
         looks["format"] = lambda c: None if c.calls else misses_format(c.completion.text, c.answer, form, pattern)
     looks["template_leak"] = lambda c: leak(c.answer) or (marker(c.thinking or "") if keep_thinking else None)
     repeats = options["repetition"]
@@ -250,13 +246,6 @@ def _looks(options: dict[str, Any], keep_thinking: bool, columns: set[str]) -> d
     if grounds.column in columns:
         looks["grounded"] = lambda c: _ungrounded(c, grounds)
     return looks
-
-
-def _compiled(pattern: str | None) -> re.Pattern[str] | None:
-    try:
-        return re.compile(pattern, re.DOTALL) if pattern is not None else None
-    except re.error as error:
-        raise RecipeError(f"'{pattern}' is no regular expression: {error}", "teacher.filters: format.pattern") from None
 
 
 def _loops(candidate: Candidate, options: Repetitive) -> str | None:

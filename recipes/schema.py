@@ -384,11 +384,9 @@ class Recipe(Section):
         return self
 
     def _taught(self) -> None:
-        """A teacher belongs to distillation, and what a mode needs of it must be asked for."""
+        """Distillation needs a teacher, and what a mode needs of it must be asked for."""
         method, teacher = self.method, self.teacher
         if method.type != "distill":
-            if teacher is not None:
-                raise ValueError(f"a teacher is for method distill, not {method.type}: set method: distill")
             return
         if teacher is None:
             raise ValueError("method distill needs a teacher (teacher: {model: org/name@revision})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recipes.errors import EngineError
+from recipes.errors import EngineError, RecipeError
 from recipes.lineage import read_manifest
 from recipes.schema import Recipe
 from recipes.schema_data import Source
@@ -67,8 +67,12 @@ def require_taught(recipe: Recipe) -> None:
     """Refuse to train before the teacher has done its part, or after it was asked for something else.
 
     Raises:
+        RecipeError: the recipe names a teacher that its method would not ask.
         EngineError: teacher rows or distributions are missing or were made by another recipe; names the command.
     """
+    if recipe.method.type != "distill" and recipe.teacher is not None:
+        why = f"the method {recipe.method.type} asks no teacher"
+        raise RecipeError(why, "teacher", "set method: distill, or leave teacher out to train on the rows")
     if recipe.method.type != "distill" or recipe.method.mode == "on_policy":
         return
     command = "run retort generate with this recipe"

@@ -130,7 +130,7 @@ def _show_plan(recipe: Path, overrides: list[str]) -> None:
 def _teach(recipe: Path, overrides: list[str], fresh: bool) -> None:
     """The teacher's part, where the recipe has one and a finished run does not end the matter."""
     loaded = load_recipe(recipe, overrides)
-    if loaded.teacher is None:
+    if loaded.method.type != "distill":
         return
     from finetune.runs import is_finished
     from scripts import teach

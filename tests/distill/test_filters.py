@@ -16,7 +16,6 @@ from data_prep.rows import Row
 from distill.filter_pairs import near_duplicates
 from distill.filters import ORDER, Candidate, Judged, Verify, judge
 from distill.teachers import Completion
-from recipes.errors import RecipeError
 from recipes.schema import Recipe
 
 LEGAL = Path(__file__).resolve().parents[2] / "recipes" / "embedded" / "legal"
@@ -89,9 +88,9 @@ def test_the_form_of_an_answer(options: dict[str, Any], text: str, detail: str |
     assert judged.rejected_counts == ({"format": 1} if detail else {})
 
 
-def test_a_pattern_that_is_none_stops_before_anything_is_judged() -> None:
-    with pytest.raises(RecipeError, match=r"teacher\.filters: format\.pattern: '\(' is no regular expression"):
-        judge([candidate("a")], recipe({"format": {"pattern": "("}}))
+def test_a_pattern_that_is_none_stops_before_anything_is_asked() -> None:
+    with pytest.raises(ValueError, match=r"is no regular expression"):
+        recipe({"format": {"pattern": "("}})
 
 
 # What is done with them

@@ -161,7 +161,6 @@ def test_training_waits_for_the_teacher_and_notices_another_recipe(tmp_path: Pat
 def test_what_a_recipe_may_not_ask(tmp_path: Path) -> None:
     wrong = {
         "method={type: distill, mode: logits}": "mode logits needs teacher.logits",
-        "method=dpo": "a teacher is for method distill, not dpo",
         "teacher.filters=[verified]": "needs teacher.verify",
         "teacher.rounds=[{write: question, ask: x}]": "the last round must write the answer",
         "method={type: distill, mode: preference, pairs: judged}": "pairs: judged needs teacher.verify",
@@ -173,6 +172,8 @@ def test_what_a_recipe_may_not_ask(tmp_path: Path) -> None:
         with pytest.raises(RecipeError) as found:
             load_recipe(path, [change])
         assert words in str(found.value), change
+    with pytest.raises(RecipeError, match="the method sft asks no teacher; set method: distill"):
+        require_taught(load_recipe(path, ["method=sft"]))
     with pytest.raises(RecipeError, match="temperature"):
         taught(path, "teacher.samples=2", "teacher.sampling.temperature=0.0")
 
