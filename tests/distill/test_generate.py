@@ -179,24 +179,27 @@ def test_what_a_recipe_may_not_ask(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_student_of_every_mode_trains_from_the_command_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["sequence", "logits", "preference", "on_policy"])
+def test_a_student_of_every_mode_trains_from_the_command_line(mode: str, tmp_path: Path) -> None:
     teacher = {"model": "embedded:tiny-teacher", "sampling": {"max_tokens": 16}, "logits": {"k": 8}}
-    for mode in ("sequence", "logits", "preference", "on_policy"):
-        method = {"type": "distill", "mode": mode}
-        if mode == "on_policy":
-            method |= {"prompts_per_step": 4, "max_new_tokens": 8}
-        changes = {"eval": {"samples": 6, "max_new_tokens": 8, "resamples": 200}}
-        path = recipe_file(tmp_path, method=method, teacher=teacher, output=str(tmp_path / mode), **changes)
-        done = run_cli("run", str(path), cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        manifest = read_manifest(tmp_path / mode)
-        assert manifest is not None and manifest["recipe"]["method"]["mode"] == mode
-        assert verify(tmp_path / mode) == []
-        evaluation = json.loads((tmp_path / mode / "eval.json").read_text())
-        if mode != "preference":
-            assert 0 <= evaluation["metrics"]["exact_match"]["teacher"]["value"] <= 1
-        again = run_cli("run", str(path), cwd=tmp_path)
-        assert again.returncode == 0 and "holds the finished run" in again.stdout
-        if mode == "logits":  # another learning rate is another run, and asks the teacher nothing
-            other = run_cli("run", str(path), "--set", "train.learning_rate=0.001", cwd=tmp_path)
-            assert other.returncode == 0 and "(0 asked for" in other.stdout and "was moved to" in other.stdout
+    method = {"type": "distill", "mode": mode}
+    if mode == "on_policy":
+        method |= {"prompts_per_step": 4, "max_new_tokens": 8}
+    changes = {"eval": {"samples": 6, "max_new_tokens": 8, "resamples": 200}}
+    path = recipe_file(tmp_path, method=method, teacher=teacher, **changes)
+    done = run_cli("run", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    manifest = read_manifest(run)
+    assert manifest is not None and manifest["recipe"]["method"]["mode"] == mode
+    assert verify(run) == []
+    if mode != "preference":
+        evaluation = json.loads((run / "eval.json").read_text())
+        assert 0 <= evaluation["metrics"]["exact_match"]["teacher"]["value"] <= 1
+    if mode != "logits":
+        return
+    again = run_cli("run", str(path), cwd=tmp_path)
+    assert again.returncode == 0 and "holds the finished run" in again.stdout
+    # Another learning rate is another run, and asks the teacher nothing.
+    other = run_cli("run", str(path), "--set", "train.learning_rate=0.001", cwd=tmp_path)
+    assert other.returncode == 0 and "(0 asked for" in other.stdout and "was moved to" in other.stdout
