@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.tokens import Tokenizer
+from finetune import distributed
 from finetune.layout import Layout
 from finetune.models import adapter_config
 from recipes.errors import RecipeError
@@ -240,7 +241,9 @@ def common_arguments(job: Job) -> dict[str, Any]:
     train = recipe.train
     optimizer = train.optimizer
     if optimizer == "auto":
-        optimizer = "paged_adamw_8bit" if layout.device == "cuda" and layout.quantization == "nf4" else "adamw"
+        whole = distributed.shards(layout.device) == 1  # bitsandbytes' optimisers know nothing of cut tensors
+        paged = layout.device == "cuda" and layout.quantization == "nf4" and whole
+        optimizer = "paged_adamw_8bit" if paged else "adamw"
     return {
         "output_dir": str(job.run_dir / "checkpoints"),
         "per_device_train_batch_size": layout.micro_batch,

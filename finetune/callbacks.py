@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from finetune import distributed
 from recipes.errors import RetortError
 from recipes.lineage import sha256_files, write_atomic
 
@@ -46,19 +48,80 @@ def _intact(path: Path) -> bool:
 
 
 class Seal(TrainerCallback):
-    """Seals each checkpoint with the hashes of its files once it is whole, and only then deletes older ones."""
+    """Seals each checkpoint with the hashes of its files once all processes have written theirs, and only then deletes
+    older ones: all but the newest `keep`, and the one of the best step where the run selects by a metric.
 
-    def __init__(self, keep: int) -> None:
-        self.keep = keep
+    Args:
+        copy_to: a folder on another disk or node; every sealed checkpoint is copied there while training goes on.
+    """
+
+    def __init__(self, keep: int, copy_to: Path | None = None) -> None:
+        self.keep, self.copy_to = keep, copy_to
+        self.copying: threading.Thread | None = None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        args.distributed_state.wait_for_everyone()  # each process writes its random states, and of cut weights its part
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
         path = folder / f"checkpoint-{state.global_step}"
         write_atomic(path / SEAL, json.dumps({"step": state.global_step, "files": sha256_files(path)}, indent=2))
+        self._wait()  # nothing is deleted while it is copied
+        best = _best_step(folder.parent / "watched.jsonl")
+        self._prune(folder, best)
+        if self.copy_to is not None:
+            self.copying = threading.Thread(target=self._copy, args=(path, self.copy_to, best))
+            self.copying.start()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.copying is not None:
+            self.copying.join()
+
+    def _prune(self, folder: Path, best: int | None) -> None:
         for old in checkpoints(folder)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old.name != f"checkpoint-{best}":
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _copy(self, path: Path, target: Path, best: int | None) -> None:
+        try:
+            copy_off(path, target)
+            self._prune(target, best)
+        except (OSError, RetortError) as error:  # the run goes on: its own checkpoint is whole
+            print(f"warning: {path.name} was not copied: {error}", flush=True)
+
+
+def _best_step(path: Path) -> int | None:
+    """The step whose weights are kept as the best so far, from watched.jsonl; None where nothing is selected."""
+    best = None
+    for line in kept_lines(path, sys.maxsize):
+        entry = json.loads(line)
+        best = entry["step"] if entry.get("kept") else best
+    return best
+
+
+def copy_off(checkpoint: Path, target: Path) -> Path:
+    """Copy a sealed checkpoint into the folder `target`, whole or not at all. Returns the copy.
+
+    Raises:
+        RetortError: the copy differs from the seal. OSError: it cannot be written.
+    """
+    done, fresh = target / checkpoint.name, target / f".{checkpoint.name}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copytree(checkpoint, fresh)
+        if not _intact(fresh):
+            remedy = "look at the disks"
+            raise RetortError(f"the copy in {target} differs from the original", str(checkpoint), remedy)
+        shutil.rmtree(done, ignore_errors=True)
+        fresh.rename(done)
+    except (OSError, RetortError):
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    return done
 
 
 class TokenCounter:
@@ -146,6 +209,7 @@ class Metrics(TrainerCallback):
     def __init__(self, path: Path, tracker: Any = None) -> None:
         self.path, self.tracker = path, tracker
         self.counter: TokenCounter | None = None
+        self.utilisation: Any = None  # tokens a second -> share of the devices' peak, where it is known
         self.started = time.monotonic()
         self.before = {"seconds": 0.0, "tokens_seen": 0}  # by interrupted attempts at the same run
         self.last = (self.started, 0)
@@ -186,13 +250,16 @@ class Metrics(TrainerCallback):
         now, tokens = time.monotonic(), self.counter() if self.counter else 0
         then, tokens_then = self.last
         self.last = (now, tokens)
+        rate = round((tokens - tokens_then) / max(now - then, 1e-9), 1)
+        share = self.utilisation(rate) if self.utilisation is not None else None
         return {
             "epoch": round(float(state.epoch or 0.0), 4),
             "seconds": round(self.before["seconds"] + now - self.started, 2),
             "loss": logs["loss"],
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
-            "tokens_per_second": round((tokens - tokens_then) / max(now - then, 1e-9), 1),
+            "tokens_per_second": rate,
+            **({"mfu": round(share, 4)} if share is not None else {}),
             "tokens_seen": self.before["tokens_seen"] + tokens,
             "memory_bytes": peak_memory(),
         }
@@ -262,19 +329,28 @@ class AdapterCheck(TrainerCallback):
         # A warm-up starts at rate 0, and a step at rate 0 rightly changes nothing: the check waits for the next one.
         moving = any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)
         if self.result is None and moving:
-            self.before = {n: p.detach().to("cpu", copy=True) for n, p in _trainable(model).items()}
+            self.before = {n: p.to("cpu", copy=True) for n, p in _held(model).items()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self.result is not None or not self.before or not state.is_world_process_zero:
+        if self.result is not None or not self.before:
             return
-        self.result = {**_change(self.before, _trainable(model)), "reloads": self._reloads(model)}
+        cut = hasattr(model, "peft_config") and distributed.is_cut(model)
+        whole = distributed.gather(model, trained_only=True) if cut else None
+        if not state.is_world_process_zero:  # it has given its part of cut weights
+            self.result, self.before = {}, {}
+            return
+        self.result = {**_change(self.before, _held(model)), "reloads": self._reloads(model, whole)}
         self.before = {}
         for name, remedy in FAILED.items():
             if self.result[name] is False:
                 raise RetortError(f"after the first step the trained weights are not '{name}'", "pre-flight", remedy)
 
-    def _reloads(self, model: Any) -> bool | None:
-        """Whether a saved copy holds the same values; None (unchecked) where all weights train: a large copy."""
+    def _reloads(self, model: Any, whole: dict[str, torch.Tensor] | None) -> bool | None:
+        """Whether a saved copy holds the same values; None (unchecked) where all weights train: a large copy.
+
+        Args:
+            whole: the trained weights put together, where the model holds only a part of each.
+        """
         from safetensors.torch import load_file
 
         if not hasattr(model, "peft_config"):
@@ -282,9 +358,10 @@ class AdapterCheck(TrainerCallback):
         from peft import get_peft_model_state_dict
 
         shutil.rmtree(self.folder, ignore_errors=True)
-        model.save_pretrained(self.folder, safe_serialization=True, selected_adapters=["default"])
+        more = {} if whole is None else {"state_dict": whole}
+        model.save_pretrained(self.folder, safe_serialization=True, selected_adapters=["default"], **more)
         saved = load_file(self.folder / "adapter_model.safetensors")
-        live = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model).items()}
+        live = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model, **more).items()}
         shutil.rmtree(self.folder, ignore_errors=True)
         return saved.keys() == live.keys() and all(torch.equal(saved[k], live[k]) for k in live)
 
@@ -296,8 +373,10 @@ FAILED = {
 }
 
 
-def _trainable(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _held(model: Any) -> dict[str, torch.Tensor]:
+    """What trains; of cut weights the part that this process holds."""
+    found = ((name, distributed.local(p).detach()) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: part for name, part in found if part.numel()}
 
 
 def _change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -70,9 +70,14 @@ GUARDS: dict[str, Guard] = {
 
 
 class Guarding(TrainerCallback):
-    """Watches the log lines; `found` is the diagnosis that stopped the run."""
+    """Watches the log lines; `found` is the diagnosis that stopped the run.
 
-    def __init__(self, guards: Guards) -> None:
+    Args:
+        tracker: is told once, so that a person hears of it where alerts are on (finetune/tracking.py).
+    """
+
+    def __init__(self, guards: Guards, tracker: Any = None) -> None:
+        self.tracker = tracker
         self.limits = {name: getattr(guards, name) for name in GUARDS if getattr(guards, name) is not None}
         self.first: list[dict[str, float]] = []
         self.recent: dict[str, deque[str | None]] = {name: deque(maxlen=guards.window) for name in self.limits}
@@ -86,6 +91,9 @@ class Guarding(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self._see(logs)
         if self.found is not None:
+            if self.tracker is not None:
+                self.tracker.alert("stopped by a guard", self.found)
+                self.tracker = None
             control.should_training_stop = True
             control.should_save = True
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune import distributed
 from recipes.errors import MemoryFitError, RecipeError
 from recipes.refs import parse_ref
 from recipes.schema import Recipe
@@ -213,9 +214,7 @@ def plan_layout(
     if train.micro_batch is not None:
         micro, accumulation = train.micro_batch, max(1, round(per_device / train.micro_batch))
     else:
-        micro = max(1, min(per_device, room // width))
-        accumulation = math.ceil(per_device / micro)
-        micro = math.ceil(per_device / accumulation)
+        micro, accumulation = _cut(per_device, max(1, min(per_device, room // width)))
     steps, epochs = _steps(recipe, math.ceil(rows / (micro * world_size)), accumulation)
     per_step = micro * accumulation * world_size
     return Layout(
@@ -307,6 +306,13 @@ def _require_cache(recipe: Recipe, device: Device, facts: ModelFacts, tokens: in
         )
 
 
+def _cut(rows: int, most: int) -> tuple[int, int]:
+    """Micro-batch (at most `most`) and accumulation that make `rows` of a device's step: the largest micro-batch that
+    comes within 3 % of them, so that a step is the same on any number of devices."""
+    cuts = [(micro, max(1, round(rows / micro))) for micro in range(most, 0, -1)]
+    return next(cut for cut in cuts if abs(cut[0] * cut[1] - rows) <= 0.03 * rows)
+
+
 def _steps(recipe: Recipe, batches: int, accumulation: int) -> tuple[int, float]:
     """Optimiser steps and epochs, counted as transformers' Trainer counts them."""
     per_epoch = max(1, math.ceil(batches / accumulation))
@@ -341,8 +347,51 @@ def _estimate(recipe: Recipe, device: Device, facts: ModelFacts | None, tokens: 
     return _fixed_bytes(recipe, device, facts) + tokens * _per_token(recipe, device, facts, checkpointing)
 
 
-def _fixed_bytes(recipe: Recipe, device: Device, facts: ModelFacts) -> int:
-    """Weights, gradients and optimiser states, in bytes."""
+def suggested(recipe: Recipe, device: Device, world: int, facts: ModelFacts) -> tuple[str, str]:
+    """The file of recipes/accelerate/ that suits a recipe on so many devices, and why, in words.
+
+    Whole copies (DDP) exchange least, so they are taken where they fit; else the weights are cut, and last they wait in
+    the memory of the node. ZeRO-3 is never suggested: it does the same as FSDP2 with one more dependency.
+    """
+    if device.kind != "cuda" or world == 1:
+        return "ddp", "each process holds all"
+    row = recipe.train.seq_len * (2 if recipe.method.kinds == ("preference",) else 1)
+    working, have = row * _per_token(recipe, device, facts, True), device.memory_bytes * MEMORY_SHARE
+    gib = {n: (working + _fixed_bytes(recipe, device, facts, n)) / 2**30 for n in (1, world)}
+    room = f"of the {device.memory_bytes / 2**30:.0f} GiB of a card"
+    if gib[1] * 2**30 <= have:
+        return "ddp", f"a whole copy needs about {gib[1]:.0f} {room}"
+    if gib[world] * 2**30 <= have:
+        name = "fsdp2-qlora" if recipe.model.quantization == "nf4" else "fsdp2"
+        return name, f"a whole copy needs about {gib[1]:.0f}, a share {gib[world]:.0f} {room}"
+    return "fsdp2-offload", f"even a share needs about {gib[world]:.0f} {room}"
+
+
+def describe_launch(recipe: Recipe, device: Device, facts: ModelFacts) -> str:
+    """One line: how this launch shares the work, and which ready file suits it."""
+    name, reason = suggested(recipe, device, distributed.world(), facts)
+    now = distributed.sharding() or "whole copies (ddp)"
+    return f"launch: {now}; recipes/accelerate/{name}.yaml suits {distributed.world()} such devices: {reason}"
+
+
+def _fixed_bytes(recipe: Recipe, device: Device, facts: ModelFacts, cut: int | None = None) -> int:
+    """Weights, gradients and optimiser states that a device holds, in bytes.
+
+    Args:
+        cut: into how many parts; what the launch file says where None.
+    """
+    parts = cut if cut is not None else distributed.shards(device.kind)
+    if parts == 1:
+        return _whole_bytes(recipe, device, facts)
+    # While a layer computes it is whole, and the next is on its way; embeddings and head are whole in turn.
+    width = 4 if compute_dtype(recipe, device) == "float32" else 2
+    gathered = width * (2 * facts.vocabulary * facts.hidden + 2 * facts.parameters // facts.layers)
+    held = 0 if cut is None and distributed.offloads() else _whole_bytes(recipe, device, facts) // parts
+    return held + gathered
+
+
+def _whole_bytes(recipe: Recipe, device: Device, facts: ModelFacts) -> int:
+    """As `_fixed_bytes`, of a device that holds all."""
     width = 4 if compute_dtype(recipe, device) == "float32" else 2
     embeddings = 2 * facts.vocabulary * facts.hidden
     if recipe.model.quantization == "nf4":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from data_prep.tokens import Tokenizer, fetch
+from finetune import distributed
 from finetune.layout import Device, compute_dtype
 from recipes.errors import DataError, RecipeError
 from recipes.lineage import verify
@@ -83,14 +84,15 @@ def load_base(recipe: Recipe, tokenizer: Tokenizer, device: Device, folder: Path
         options |= {"num_labels": 1, "pad_token_id": tokenizer.backend.pad_token_id}
     if recipe.model.quantization == "nf4":
         options["quantization_config"] = _nf4(recipe, dtype)
-    if device.kind == "cuda":
-        options["device_map"] = {"": torch.cuda.current_device()}
+    quantised = recipe.model.quantization != "none"
+    if device.kind == "cuda" and (quantised or distributed.shards(device.kind) == 1):
+        options["device_map"] = {"": torch.cuda.current_device()}  # weights that will be cut wait on the processor
     elif recipe.model.quantization == "nf4":
         options["device_map"] = {"": "cpu"}
+    code = recipe.model.trust_remote_code is not None
     try:
-        model = model_class(recipe).from_pretrained(
-            folder, trust_remote_code=recipe.model.trust_remote_code is not None, **options
-        )
+        with distributed.loading(whole="preference" in recipe.method.kinds):
+            model = model_class(recipe).from_pretrained(folder, trust_remote_code=code, **options)
     except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(f"{recipe.model.base} cannot be loaded: {reason}", "model.base") from None

@@ -44,6 +44,9 @@ def check(
     """
     model = trainer.model
     total, trainable = _sizes(model)
+    cut = (
+        trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    )  # when training begins: now each holds all, or nothing
     disk = _disk(run_dir, recipe, trainable)
     return {
         "coverage": coverage(model, recipe),
@@ -54,7 +57,7 @@ def check(
         "lost_tokens": counts["lost_tokens"],
         "special_tokens": special_tokens(tokenizer, rows, recipe),
         "disk": disk,
-        "probe": probe(trainer, layout, longest_batch(trainer, recipe, layout, rows)),
+        "probe": None if cut else probe(trainer, layout, longest_batch(trainer, recipe, layout, rows)),
         "adapter_check": None,
     }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep.prepare import Prepared
 from data_prep.tokens import Tokenizer, fetch
-from finetune import evals
+from finetune import distributed, evals
 from finetune.bom import BOM, bill_of_materials
 from finetune.layout import Device, Layout
 from finetune.models import model_class
@@ -42,7 +42,12 @@ from recipes.student import LOGITS, TEACHER
 
 
 def save(recipe: Recipe, trainer: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the trained weights and the tokenizer to `adapter/` (or `model/`), whole or not at all."""
+    """Write the trained weights and the tokenizer to `adapter/` (or `model/`), whole or not at all.
+
+    All processes must call it: weights that are cut (FSDP2, ZeRO-3) are put together on the main one, which writes.
+    """
+    cut = distributed.is_cut(trainer.model)
+    state = distributed.gather(trainer.model, recipe.adapter is not None) if cut else None
     if not is_main():
         return
     target = folder / ("adapter" if recipe.adapter is not None else "model")
@@ -57,6 +62,8 @@ def save(recipe: Recipe, trainer: Any, tokenizer: Tokenizer, folder: Path) -> No
             trainer.model.peft_config["default"].init_lora_weights = recipe.adapter.init  # type: ignore[union-attr]
         if recipe.adapter is not None:
             options["selected_adapters"] = ["default"]  # not the copy that a continued adapter is compared with
+        if state is not None:
+            options["state_dict"] = state
         trainer.model.save_pretrained(fresh, safe_serialization=True, **options)
         tokenizer.backend.save_pretrained(fresh)
     shutil.rmtree(target, ignore_errors=True)

@@ -8,13 +8,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.prepare import changed_inputs
+from finetune.distributed import first
 from recipes.errors import RecipeError, RetortError
 from recipes.lineage import MANIFEST, cannot_write, read_manifest, write_atomic
 from recipes.load import difference, load_recipe
@@ -81,7 +80,7 @@ def open_run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> Run:
             other data; --resume and there is nothing to resume.
         RetortError: the directory cannot be written, or another process works in it.
     """
-    with main_process_first():
+    with first(recipe.run_dir, "opening the run directory"):
         if is_main():
             return _open(recipe, resume, fresh)
         folder = recipe.run_dir
@@ -147,20 +146,6 @@ def is_finished(recipe: Recipe) -> bool:
     folder = recipe.run_dir
     found = load_run_recipe(folder) if read_manifest(folder) is not None else None
     return found is not None and not changed_keys(found, recipe)
-
-
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """The main process goes first; the others wait, and then find its files."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    import torch  # only where there are others to wait for
-    from accelerate import PartialState
-
-    # Told of the processor, it joins the processes there too; else it would take itself for the only one.
-    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
-        yield
 
 
 def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -14,19 +14,21 @@ from data_prep.cache import cache_folder
 from data_prep.masks import Masked, pieces
 from data_prep.prepare import Prepared, base_state
 from data_prep.tokens import Tokenizer, fetch
-from finetune import evals, reward_check
+from finetune import evals, flops, reward_check
 from finetune import preflight as checks
 from finetune.arguments import Job
 from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
 from finetune.completions import Completions
+from finetune.distributed import first
 from finetune.guards import Guarding
 from finetune.layout import Device, Layout, model_facts, plan_layout
 from finetune.models import load_start
 from finetune.policy import sample_of
+from finetune.preempt import Preemption
 from finetune.preference import wanted_of
 from finetune.reference import Cache, model_key, reference_logps
 from finetune.results import writing
-from finetune.runs import is_main, main_process_first, say
+from finetune.runs import is_main, say
 from finetune.selection import Selection
 from finetune.stats import Answer
 from finetune.trainers import BUILDERS
@@ -51,6 +53,7 @@ class Watch:
     guarding: Guarding
     selection: Selection | None
     checkpoint: Path | None
+    preemption: Preemption
 
 
 def show_data(prepared: Prepared) -> None:
@@ -181,7 +184,7 @@ def rewards(
     if recipe.method.type != "grpo":
         return layout
     path = folder / "rewards.json"
-    with main_process_first():
+    with first(folder, "sampling the start"):
         found = reward_check.load_check(path)
         if found is None:
             say("sampling the base to see its rewards")
@@ -217,9 +220,13 @@ def build(
     metrics = Metrics(folder / "metrics.jsonl", tracker)
     measuring = recipe.train.eval_every is not None and watched
     selection = Selection(recipe, tokenizer, watched, metrics, folder) if measuring else None
-    guarding = Guarding(recipe.train.guards)
-    watch = Watch(AdapterCheck(folder / "adapter_check"), metrics, Progress(), guarding, selection, checkpoint)
-    callbacks: list[Any] = [metrics, watch.progress, watch.adapter, guarding, Seal(recipe.train.keep_checkpoints)]
+    guarding = Guarding(recipe.train.guards, tracker)
+    copies = Path(recipe.train.copy_checkpoints).expanduser() if recipe.train.copy_checkpoints else None
+    preemption = Preemption(folder, getattr(recipe.method, "iterations", 1))
+    checked = AdapterCheck(folder / "adapter_check")
+    watch = Watch(checked, metrics, Progress(), guarding, selection, checkpoint, preemption)
+    callbacks: list[Any] = [metrics, watch.progress, watch.adapter, guarding, Seal(recipe.train.keep_checkpoints, copies)]
+    callbacks.append(preemption)
     if recipe.method.type == "grpo":
         kept = Completions(folder / "completions.jsonl", recipe.method.show_every, recipe.method.generations)
         callbacks.append(kept)
@@ -233,6 +240,8 @@ def build(
         kept.trainer = trainer
         kept.show = lambda i: sample_of(rows[i], [], tokenizer).prompt
     metrics.counter = TokenCounter(trainer.model, tokenizer.backend.pad_token_id, layout.world_size)
+    lengths = flops.row_lengths(rows)
+    metrics.utilisation = flops.Utilisation(trainer.model, lengths, layout.dtype, layout.world_size)
     if recipe.adapter is not None and recipe.adapter.init in {"pissa", "olora"}:
         _keep_initial_adapter(trainer, folder)
     return trainer, watch
@@ -268,6 +277,9 @@ def preflight(
     for item in found["special_tokens"]:
         say(f"{'ok' if item['ok'] else 'LOOK'}: {item['check']} ({item['detail']})")
     probe = found["probe"]
+    if probe is None:
+        say("longest batch: not tried; the weights are cut only when training begins")
+        return found
     peak = probe["peak_memory_bytes"] / 2**30
     say(f"longest batch: {probe['train_tokens']:,} tokens in {probe['train_seconds']} s, peak {peak:.2f} GiB")
     return found
@@ -277,12 +289,15 @@ def fit(trainer: Any, watch: Watch, found: dict[str, Any], folder: Path) -> None
     """Train, from the newest whole checkpoint where there is one."""
     if watch.checkpoint is not None:
         say(f"resuming from {watch.checkpoint.name}")
+    watch.preemption.listen()
     try:
         with writing(folder):
             trainer.train(resume_from_checkpoint=str(watch.checkpoint) if watch.checkpoint else None)
     finally:
+        watch.preemption.ignore()
         watch.progress.close()
     watch.guarding.require(folder)
+    watch.preemption.require(is_main())
     if watch.selection is not None:
         say(*watch.selection.conclude(trainer.model))
     if is_main() and watch.adapter.result is not None:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.runs import is_main, main_process_first, open_run, say
+from finetune import distributed
+from finetune.runs import is_main, open_run, say
 from recipes.errors import MemoryFitError, RetortError, out_of_memory
 from recipes.evidence import Asset
 from recipes.gate import Verdict, examine
@@ -28,14 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(load_recipe(asked.recipe, asked.set), resume=asked.resume, fresh=asked.fresh)
     except RetortError as error:
-        print(f"error: {error}", file=sys.stderr)
+        distributed.report(error)
         return error.exit_code
     except RuntimeError as error:
+        if (lost := distributed.lost_peer(error)) is not None:
+            distributed.report(lost)
+            return 1
         if not out_of_memory(error):
             raise
         remedy = "set model.quantization: nf4, or lower train.tokens_per_step, train.seq_len or eval.max_new_tokens"
         fit = MemoryFitError(" ".join(str(error).split())[:200], str(asked.recipe), remedy)
-        print(f"error: {fit}", file=sys.stderr)
+        distributed.report(fit)
         return fit.exit_code
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -65,7 +69,7 @@ def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset])
     from data_prep.held_out import choose_rows
     from data_prep.prepare import prepare
     from data_prep.tokens import fetch
-    from finetune.layout import find_device, model_facts, refuse_impossible
+    from finetune.layout import describe_launch, find_device, model_facts, refuse_impossible
     from recipes.refs import require_model_folder
     from recipes.signing import require_signature
 
@@ -74,7 +78,8 @@ def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset])
     device = find_device(recipe.train.device)
     here = require_model_folder(recipe.model.ref, "model.base")
     refuse_impossible(recipe, device, model_facts(here) if here is not None else None)
-    with main_process_first():
+    say(*distributed.check_launch(recipe, device.kind))
+    with distributed.first(folder, "preparing the data"):  # no process group: it may take hours
         prepared = prepare(recipe, folder)
         if recipe.model.ref.kind == "hub":  # judged by its name so far; now that its files are here, by them
             fetch(recipe.model.ref, True)
@@ -82,6 +87,8 @@ def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset])
             verdict.require()
         if recipe.model.public_key is not None:
             require_signature(fetch(recipe.model.ref, True), Path(recipe.model.public_key))
+    if distributed.world() > 1:
+        say(describe_launch(recipe, device, model_facts(fetch(recipe.model.ref, True))))
     tokenizer = prepared.tokenizer
 
     from finetune import results, stages, tracking  # torch comes in here, after all that is cheap to refuse
@@ -104,9 +111,15 @@ def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset])
     measured, watched = choose_rows(held_out, recipe)
     stages.write_masks(folder, rows, tokenizer)
 
+    distributed.join(device.kind)
     model = stages.load(recipe, tokenizer, device)
-    base = stages.base_answers(recipe, model, tokenizer, measured, folder)
-    known = stages.reference(recipe, layout, tokenizer, model, rows)
+    with (
+        distributed.first(folder, "measuring the base"),
+        distributed.computing(model, device.kind, wanted=is_main(), spread=True),
+    ):
+        base = stages.base_answers(recipe, model, tokenizer, measured, folder)
+    with distributed.computing(model, device.kind):
+        known = stages.reference(recipe, layout, tokenizer, model, rows)
     layout = stages.rewards(recipe, layout, tokenizer, model, rows, folder)
     tracker = tracking.start(asked, folder, opened.id) if is_main() else tracking.Tracker()
     trainer, watch = stages.build(recipe, layout, tokenizer, model, rows, watched, folder, tracker, known)
@@ -115,7 +128,12 @@ def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset])
     results.save(recipe, trainer, tokenizer, folder)
 
     if is_main():
-        result = results.tuned_result(recipe, trainer.model, tokenizer, measured, base, folder)
+        tuned = trainer.model
+        if distributed.is_cut(tuned):  # the others are done: what was saved is read back whole
+            distributed.stop_cutting()
+            tuned = results.load_tuned(recipe, stages.load(recipe, tokenizer, device), folder)
+        with distributed.computing(tuned, device.kind, spread=True):
+            result = results.tuned_result(recipe, tuned, tokenizer, measured, base, folder)
         results.finish(asked, folder, verdict, assets, device, prepared, layout, result)
         tracker.finish(result, [folder / n for n in ("report.html", "manifest.json", "recipe.yaml", "eval.json")])
         show_result(folder)

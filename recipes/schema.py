@@ -205,6 +205,7 @@ class Train(Section):
     guards: Guards = Field(default_factory=Guards, description="what stops a run that goes wrong")
     save_every: Fraction | Count = Field(0.25, description="steps, or share of the run, between checkpoints")
     keep_checkpoints: Count = Field(2, description="older checkpoints are deleted")
+    copy_checkpoints: Text | None = Field(None, description="a folder, on another disk, that gets a copy of each")
     log_every: Count = Field(1, description="steps between log lines")
     extra: dict[Text, Any] = Field(
         default_factory=dict, description="further fields of TRL's config class of the method, checked against it"

@@ -201,8 +201,11 @@ def export(
 ) -> None:
     """Hand over a finished run with its papers; fails while a duty of its licences is not met."""
     from finetune.export import export as write_export
+    from finetune.tracking import record_export
 
-    print(made := write_export(load_recipe(recipe, set_ or ()), merged, licence_text or ()))
+    loaded = load_recipe(recipe, set_ or ())
+    print(made := write_export(loaded, merged, licence_text or ()))
+    record_export(loaded, made)
     if sign is not None:
         from recipes.signing import sign as write_signature
 
@@ -219,6 +222,70 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_
     written = [write_report(run_dir), write_card(run_dir)]
     refresh(run_dir, [path.name for path in written])
     print(*written, sep="\n")
+
+
+@app.command()
+@_one_line
+def submit(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    nodes: Annotated[int, typer.Option(min=1, help="of the training job")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="cards on each node; 0: processors")] = 0,
+    time: Annotated[str, typer.Option(help="limit of each job; one that meets it goes on later")] = "24:00:00",
+    partition: Annotated[str | None, typer.Option(help="as sbatch takes it")] = None,
+    account: Annotated[str | None, typer.Option(help="as sbatch takes it")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="processors of each job")] = None,
+    memory: Annotated[str | None, typer.Option(help="of each job, such as 64G")] = None,
+    container: Annotated[str | None, typer.Option(help="an image: apptainer for .sif, else pyxis")] = None,
+    modules: Annotated[list[str] | None, typer.Option(help="module load, repeatable")] = None,
+    shards: Annotated[int, typer.Option(min=1, help="jobs that share the teacher's prompts")] = 1,
+    vllm: Annotated[bool, typer.Option("--vllm", help="each of them starts a vLLM server of its own")] = False,
+    config_file: Annotated[str | None, typer.Option(help="of accelerate launch")] = None,
+    more: Annotated[list[str] | None, typer.Option(help="a further option of sbatch, repeatable")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts")] = False,
+) -> None:
+    """Submit the stages of a recipe to Slurm as dependent jobs."""
+    from scripts import slurm
+
+    to_slurm = (nodes, gpus, time, partition, account, cpus, memory, container, tuple(modules or ()))
+    ask = slurm.Ask(*to_slurm, shards, vllm, config_file, tuple(more or ()))
+    print(slurm.submit(recipe, set_ or (), ask, dry_run))
+
+
+@app.command()
+@_one_line
+def status(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
+    """Which stages are done, at work or waiting; how fast, how long still, and why one failed."""
+    from scripts.status import status as lines
+
+    print("\n".join(lines(run_dir)))
+
+
+@app.command()
+@_one_line
+def watch(
+    run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)],
+    once: Annotated[bool, typer.Option("--once", help="print it once, and end")] = False,
+) -> None:
+    """Show the curves of a run in the terminal, as they grow."""
+    from scripts.watch import watch_run
+
+    watch_run(run_dir, once)
+
+
+@app.command()
+@_one_line
+def sweep(
+    sweep: Annotated[Path, typer.Argument(help="a sweep, a YAML file", show_default=False)],
+    wandb: Annotated[bool, typer.Option("--wandb", help="as an agent of a wandb sweep")] = False,
+) -> None:
+    """Run a recipe under several settings, and say which did best and how far to believe it."""
+    from scripts import sweep as sweeps
+
+    done = (sweeps.run_in_wandb if wandb else sweeps.run_sweep)(sweeps.read_sweep(sweep))
+    print(sweeps.describe(done))
+    if not done.ranked():
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ SlurmctldHost={host}
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
 CryptoType=crypto/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SlurmUser={user}
@@ -101,7 +101,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         _wait_for_nodes(environment, folder)
         yield environment
     finally:
-        subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
+        _end_jobs(environment)
         for process in reversed(started):
             process.terminate()
         for process in reversed(started):
@@ -109,6 +109,16 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _end_jobs(environment: dict[str, str]) -> None:
+    """Cancel what is left and see it end: jobs outlive the daemons that started them."""
+    subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
+    for _ in range(90):  # Slurm kills after 30 s what does not end by itself
+        done = subprocess.run(["squeue", "-h"], env=environment, capture_output=True, text=True)
+        if done.returncode or not done.stdout.strip():
+            return
+        time.sleep(0.5)
 
 
 def _wait_for_nodes(environment: dict[str, str], folder: Path) -> None:
@@ -130,3 +140,25 @@ def wait_for_jobs(environment: dict[str, str], seconds: float) -> None:
             return
         time.sleep(0.5)
     pytest.fail(f"jobs are still in the queue: {done.stdout}")
+
+
+def command(environment: dict[str, str], *words: str) -> str:
+    """Run a command of Slurm's; returns what it prints."""
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"{words}: {done.stderr}"
+    return done.stdout
+
+
+def queued(environment: dict[str, str]) -> dict[str, str]:
+    """Jobs in the queue and what they wait for: `12_3` -> `PENDING Priority`."""
+    lines = command(environment, "squeue", "-h", "-r", "-o", "%i %T %r").splitlines()
+    return dict(line.split(" ", 1) for line in lines)
+
+
+def wait_until(reached: Callable[[], bool], seconds: float, what: str, say: Callable[[], str] = str) -> None:
+    """Wait until something holds; fails with what `say` tells after `seconds`."""
+    end = time.monotonic() + seconds
+    while not reached():
+        if time.monotonic() > end:
+            pytest.fail(f"{what} did not happen within {seconds} s\n{say()}")
+        time.sleep(0.05)

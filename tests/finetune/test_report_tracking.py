@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ def test_every_series_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         tracker.log(line)
     tracker.finish(None, [])
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    first, second = history(path)
+    deadline = time.monotonic() + 30  # wandb's service writes the last records shortly after finish() returns
+    while len(found := history(path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    first, second = found
     assert first == {
         "eval/reward": 0.75,
         "eval/exact_match": 0.5,

@@ -1,0 +1,199 @@
+"""Several processes as one run: who waits for whom, who speaks, which launch file, and how a step is shared out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from finetune import distributed
+from finetune.layout import Device, ModelFacts, plan_layout, suggested
+from recipes.errors import MemoryFitError, RecipeError
+from recipes.load import load_recipe
+
+FILES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+SEVEN_B = ModelFacts(7_000_000_000, 32, 4096, 11008, 32000)
+SEVENTY_B = ModelFacts(70_000_000_000, 80, 8192, 28672, 128256)
+CARD = Device("cuda", 80 * 2**30, "NVIDIA H100 80GB")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_every_launch_file_is_what_accelerate_reads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read by accelerate's own launcher; the environment that it makes is what our code and transformers look at."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        monkeypatch.delenv(name)
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "train.py", "recipe.yaml"])
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    assert arguments.num_processes == 8 and arguments.num_machines == 1 and arguments.mixed_precision == "no"
+    wanted = {"ddp": None, "zero3": "zero3", "zero3-offload": "zero3"}.get(file.stem, "fsdp2")
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        made = prepare_deepspeed_cmd_env(arguments)[1]
+        assert made["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "auto", "the recipe's"
+    else:
+        assert arguments.use_fsdp is (wanted == "fsdp2") and arguments.multi_gpu is (wanted is None)
+        made = prepare_multi_gpu_env(arguments)
+    for name, value in made.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert distributed.sharding() == wanted
+    assert distributed.shards("cuda") == (1 if wanted is None else 8) and distributed.shards("cpu") == 1
+    assert distributed.offloads() is file.stem.endswith("offload")
+    if wanted == "fsdp2":
+        from accelerate import FullyShardedDataParallelPlugin
+
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        assert plugin.cpu_ram_efficient_loading is (file.stem != "fsdp2-qlora")
+        assert "SHARDED" in str(plugin.state_dict_type) and not plugin.activation_checkpointing
+        assert (type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy") is file.stem.endswith("offload")
+
+
+def test_a_rule_picks_the_launch_file(make_recipe: Callable[..., Path]) -> None:
+    def pick(facts: ModelFacts, world: int, **sections: object) -> str:
+        return suggested(load_recipe(make_recipe(**sections)), CARD, world, facts)[0]
+
+    assert pick(SEVEN_B, 8) == "ddp"  # 14 GB of weights
+    assert pick(SEVENTY_B, 8) == "fsdp2"  # 140 GB, 18 on each
+    assert pick(SEVENTY_B, 8, model={"base": "embedded:tiny", "quantization": "nf4"}) == "ddp"  # about 42 GB
+    assert pick(SEVENTY_B, 8, adapter=None) == "fsdp2-offload"  # 140 + 1,120 GB of gradients and states
+    small = Device("cuda", 24 * 2**30, "card")
+    quantised = load_recipe(make_recipe(model={"base": "embedded:tiny", "quantization": "nf4"}))
+    name, reason = suggested(quantised, small, 8, SEVENTY_B)
+    assert name == "fsdp2-qlora" and "24 GiB" in reason
+    assert suggested(quantised, Device("cpu", 2**36, "cores"), 8, SEVENTY_B)[0] == "ddp"
+
+
+def test_cut_weights_make_room(make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(make_recipe(train={"seq_len": 2048, "tokens_per_step": 32768, "max_steps": 4}))
+    with pytest.raises(MemoryFitError):
+        plan_layout(recipe, CARD, SEVENTY_B, 1000, 1000.0, 2048, 8)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    layout = plan_layout(recipe, CARD, SEVENTY_B, 1000, 1000.0, 2048, 8)
+    assert 140e9 / 8 < layout.estimated_bytes < 68 * 2**30
+
+
+@pytest.mark.parametrize("mean, asked", [(1000.0, 32000), (500.0, 65536), (40.0, 512 * 40)])
+def test_a_step_is_what_the_recipe_says_on_any_number_of_devices(
+    make_recipe: Callable[..., Path], mean: float, asked: int
+) -> None:
+    steps = {}
+    for world in (1, 2, 4, 8):
+        recipe = load_recipe(make_recipe(train={"seq_len": 2048, "tokens_per_step": asked, "epochs": 1}))
+        layout = plan_layout(recipe, CARD, SEVEN_B, 100_000, mean, 2048, world)
+        assert layout.rows_per_step == layout.micro_batch * layout.gradient_accumulation * world
+        # Rows are whole and each device takes as many: half a row for each, and what finetune/layout.py allows.
+        assert abs(layout.tokens_per_step - asked) <= 0.03 * asked + mean * world / 2, (world, layout)
+        steps[world] = layout.steps
+    assert max(steps.values()) - min(steps.values()) <= 0.04 * steps[1]
+
+
+def test_cut_weights_refuse_what_they_cannot_do(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = load_recipe(make_recipe(train={"tokens_per_step": 512, "seq_len": 128, "max_steps": 6, "eval_every": 3}))
+    assert distributed.check_launch(watched, "cuda") == []
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(RecipeError, match=r"train\.eval_every: rows cannot be measured while training on cut weights"):
+        distributed.check_launch(watched, "cuda")
+    assert "whole copy" in distributed.check_launch(watched, "cpu")[0]
+    with pytest.raises(RecipeError, match="'pissa' changes the weights beneath"):
+        distributed.check_launch(load_recipe(make_recipe(adapter={"r": 4, "init": "pissa"})), "cuda")
+    assert distributed.check_launch(load_recipe(make_recipe()), "cuda") == []
+
+
+# --- one first, the others after it ---------------------------------------------------------------------------------
+
+MEMBER = """
+import os, sys, time
+from pathlib import Path
+from finetune import distributed
+from recipes.errors import DataError
+
+run, work = Path(sys.argv[1]), sys.argv[2]
+try:
+    with distributed.first(run, "working"):
+        if distributed.rank() == 0:
+            if work == "fail":
+                raise DataError("holds no rows", "rows.jsonl")
+            time.sleep(float(work))
+            (run / "done").write_text("x")
+        else:
+            assert (run / "done").exists()
+except Exception as error:
+    distributed.report(error)
+    sys.exit(getattr(error, "exit_code", 1))
+print("through", distributed.rank())
+"""
+
+
+def member(run: Path, rank: int, work: str, world: int = 3, **env: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), **env}
+    command = [sys.executable, "-c", MEMBER, str(run), work]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    texts = [process.communicate(timeout=60) for process in processes]
+    return [(p.returncode, out.strip(), err.strip()) for p, (out, err) in zip(processes, texts, strict=True)]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+def test_the_others_wait_for_the_main_process(run_dir: Path) -> None:
+    """Also behind what an earlier launch left: a state that says done, and a token that nobody will take back."""
+    left = run_dir.parent / ".run.processes"
+    left.mkdir()
+    (left / "working.json").write_text(json.dumps({"state": "done", "exit_code": 0, "beat": 9, "seen": {"1": "old"}}))
+    (left / "working.wait.1").write_text("old")
+    (left / "working.wait.2").write_text("old")
+    found = ended([member(run_dir, rank, "1.5") for rank in (2, 1, 0)])
+    assert [(code, out) for code, out, _ in found] == [(0, f"through {rank}") for rank in (2, 1, 0)], found
+    assert not left.exists()
+
+
+def test_a_failure_of_the_main_process_is_said_once(run_dir: Path) -> None:
+    found = ended([member(run_dir, rank, "fail") for rank in (2, 1, 0)])
+    assert [code for code, _, _ in found] == [4, 4, 4]
+    assert [err for _, _, err in found] == ["", "", "error: rows.jsonl: holds no rows"]
+
+
+def test_a_main_process_that_is_gone_is_not_waited_for_for_ever(run_dir: Path) -> None:
+    """Killed while it works; the two others of one launcher say so once."""
+    limit = {"RETORT_WAIT_SECONDS": "2"}
+    main, *others = [member(run_dir, rank, "60", **limit) for rank in (0, 1, 2)]
+    deadline = time.monotonic() + 30
+    status = run_dir.parent / ".run.processes" / "working.json"
+    while not status.exists() or len(json.loads(status.read_text())["seen"]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    main.send_signal(signal.SIGKILL)
+    found = ended(others)
+    assert [code for code, _, _ in found] == [1, 1]
+    said = [err for _, _, err in found if err]
+    assert len(said) == 1 and "no sign of life from the main process for 2 s while working" in said[0]
+    main.communicate()
+
+
+def test_long_work_outlasts_the_limit_as_long_as_it_gives_signs_of_life(run_dir: Path) -> None:
+    found = ended([member(run_dir, rank, "5", RETORT_WAIT_SECONDS="2") for rank in (0, 1, 2)])
+    assert [code for code, _, _ in found] == [0, 0, 0], found
