@@ -46,7 +46,7 @@ def check(
     total, trainable = _sizes(model)
     cut = (
         trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    )  # when training begins: now each holds all, or nothing
+    )  # once training begins
     disk = _disk(run_dir, recipe, trainable)
     return {
         "coverage": coverage(model, recipe),

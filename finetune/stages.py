@@ -225,8 +225,8 @@ def build(
     preemption = Preemption(folder, getattr(recipe.method, "iterations", 1))
     checked = AdapterCheck(folder / "adapter_check")
     watch = Watch(checked, metrics, Progress(), guarding, selection, checkpoint, preemption)
-    callbacks: list[Any] = [metrics, watch.progress, watch.adapter, guarding, Seal(recipe.train.keep_checkpoints, copies)]
-    callbacks.append(preemption)
+    seal = Seal(recipe.train.keep_checkpoints, copies)
+    callbacks: list[Any] = [metrics, watch.progress, watch.adapter, guarding, seal, preemption]
     if recipe.method.type == "grpo":
         kept = Completions(folder / "completions.jsonl", recipe.method.show_every, recipe.method.generations)
         callbacks.append(kept)
