@@ -44,9 +44,7 @@ def check(
     """
     model = trainer.model
     total, trainable = _sizes(model)
-    cut = (
-        trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    )  # once training begins
+    cut = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # once training begins
     disk = _disk(run_dir, recipe, trainable)
     return {
         "coverage": coverage(model, recipe),
