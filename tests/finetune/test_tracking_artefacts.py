@@ -152,7 +152,6 @@ def test_a_run_is_told_stage_by_stage_in_one_group_and_no_file_holds_a_secret(
 
     made = run_cli("export", str(recipe), cwd=tmp_path)
     assert made.returncode == 0, made.stderr
-    tracking.record_export(load_recipe(recipe), run / "export")
     exported = told(run, run_id, "export")
     assert (exported.run.run_group, exported.run.job_type) == (run_id, "export")
     assert exported.used == {"tiny-model": trained.made["tiny-model"]} and exported.made.keys() == {"tiny-export"}
