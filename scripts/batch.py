@@ -179,7 +179,7 @@ def stages(recipe: Recipe, ask: Ask, place: Place) -> list[Stage]:
         else:
             found.append(Stage("generate", "the teacher answers", f"{server}{command}\n", gpus=ask.gpus))
     found.append(Stage("train", "the model is trained, measured and reported on", _train(ask), ask.nodes, ask.gpus))
-    show = '"${inside[@]}" "$python" -m scripts.status "$run_dir"'
+    show = '"${inside[@]}" "$python" -m scripts.cli status "$run_dir"'
     last = f'run {cli} verify "$run_dir"\n[ "$code" -eq 0 ] && run {show}\n'
     return [*found, Stage("finish", "every file is checked, and the result printed", last)]
 

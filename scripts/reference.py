@@ -1,6 +1,7 @@
-"""What the schema says, for machines (recipes/recipe.schema.json) and for people (docs/recipe.md).
+"""What is generated and shipped: the schema for machines (recipes/recipe.schema.json) and for people (docs/recipe.md),
+and the batch scripts of an example (scripts/slurm/*.sbatch).
 
-`python -m scripts.reference` writes both; a test compares them with the schema.
+`python -m scripts.reference` writes them; tests compare them with what they are made from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pydantic.fields import FieldInfo
 from recipes.load import all_fields, describe
 from recipes.schema import Recipe
 from recipes.schema_method import METHODS, Method
+from scripts.batch import SHIPPED, shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "recipe.md"
@@ -80,3 +82,5 @@ def _line(path: str, info: FieldInfo) -> str:
 if __name__ == "__main__":
     PAGE.write_text(reference_page(), encoding="utf-8")
     SCHEMA.write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
+    for name, script in shipped().items():
+        (SHIPPED / name).write_text(script, encoding="utf-8")

@@ -4,12 +4,11 @@
 
 Generation is there where the recipe has a teacher. Scripts, logs and the list of jobs lie in RUN_DIR/logs/slurm. Every
 stage is a command that skips what is done, so submitting again goes on where a failed, cancelled or timed-out job left
-off. `python -m scripts.slurm --ship` writes scripts/slurm/*.sbatch from a shipped recipe, by the same code.
+off. scripts/slurm/*.sbatch are those of a shipped recipe, made by the same code (`python -m scripts.reference`).
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -25,7 +24,7 @@ from recipes.gate import check
 from recipes.lineage import read_manifest, write_atomic
 from recipes.load import load_recipe
 from recipes.schema import Recipe
-from scripts.batch import FOLDER, SHIPPED, Ask, Place, render, shipped, stages
+from scripts.batch import FOLDER, Ask, Place, render, stages
 
 JOBS = "jobs.json"
 PATIENCE = 60  # seconds that a Slurm command may take to answer
@@ -157,37 +156,3 @@ def slurm(*command: str) -> str:
     else:
         remedy = "sacctmgr show associations lists the accounts (--account)" if "account" in words else ""
     raise RetortError(f"{command[0]} fails: {words}", "Slurm", remedy or None)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m scripts.slurm RECIPE ...`; with --ship it writes the shipped scripts."""
-    parser = argparse.ArgumentParser(prog="scripts.slurm", description="Submit the stages of a recipe to Slurm.")
-    parser.add_argument("recipe", type=Path, nargs="?")
-    parser.add_argument("--ship", action="store_true")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--set", action="append", default=[])
-    for field in dataclasses.fields(Ask):
-        option, default = f"--{field.name.replace('_', '-')}", field.default
-        if default is False:
-            parser.add_argument(option, action="store_true")
-        elif default == ():
-            parser.add_argument(option, action="append", default=[])
-        else:
-            parser.add_argument(option, type=int if "int" in str(field.type) else str, default=default)
-    asked = vars(parser.parse_args(arguments))
-    if asked.pop("ship"):
-        for name, text in shipped().items():
-            write_atomic(SHIPPED / name, text)
-        return 0
-    path, overrides, dry_run = asked.pop("recipe"), asked.pop("set"), asked.pop("dry_run")
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in asked.items()}
-    try:
-        print(submit(path, overrides, Ask(**values), dry_run))
-    except RetortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

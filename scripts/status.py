@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -293,17 +292,3 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def main() -> int:
-    """`python -m scripts.status RUN_DIR`."""
-    try:
-        print("\n".join(status(Path(sys.argv[1]))))
-    except RetortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,6 @@ are finished.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import itertools
 import json
@@ -32,7 +31,6 @@ from typing import Any, get_args
 from recipes.errors import RecipeError, RetortError
 from recipes.lineage import sha256_json, write_atomic
 from recipes.load import load_recipe
-from recipes.quiet import opt_out
 from recipes.schema import Metric, Recipe
 from recipes.student import LOGITS, PROMPTS, TEACHER
 from recipes.yamltree import Tree, read_yaml
@@ -386,25 +384,3 @@ def run_in_wandb(sweep: Sweep, say: Callable[[str], None] = print) -> Sweep:
     say(f"sweeping {', '.join(names)}: {len(sweep.trials)} trials")
     wandb.agent(wandb.sweep(plan, project=ask.project, entity=ask.entity), function=one, count=len(sweep.trials))
     return sweep
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("retort sweep", None, __doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("sweep", type=Path, help="the sweep, a YAML file")
-    parser.add_argument("--wandb", action="store_true", help="keep it as a sweep of wandb's")
-    asked = parser.parse_args(arguments)
-    opt_out()
-    try:
-        sweep = read_sweep(asked.sweep)
-        print(describe((run_in_wandb if asked.wandb else run_sweep)(sweep)))
-    except RetortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0 if sweep.ranked() else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

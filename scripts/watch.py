@@ -6,10 +6,8 @@ that writes them, so it works for a job on another node that shares the disk.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -285,20 +283,3 @@ def watch_run(folder: Path, once: bool = False) -> None:
         except KeyboardInterrupt:
             pass  # the last picture stays on the terminal
     console.print(picture(watch, console.width))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("retort watch", description="Show the curves of a run in the terminal.")
-    parser.add_argument("run_dir", type=Path, help="a run directory")
-    parser.add_argument("--once", action="store_true", help="print what there is and end")
-    asked = parser.parse_args(arguments)
-    try:
-        watch_run(asked.run_dir, asked.once)
-    except RetortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

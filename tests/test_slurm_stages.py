@@ -50,12 +50,12 @@ def submitted(cluster: Cluster, recipe: Path, *options: str) -> dict[str, str]:
 
 
 def attempt(cluster: Cluster, recipe: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "scripts.slurm", str(recipe), *options]
+    words = [sys.executable, "-m", "scripts.cli", "submit", str(recipe), *options]
     return subprocess.run(words, env=cluster, cwd=recipe.parent, capture_output=True, text=True, timeout=100)
 
 
 def told(cluster: Cluster, run: Path) -> str:
-    words = [sys.executable, "-m", "scripts.status", str(run)]
+    words = [sys.executable, "-m", "scripts.cli", "status", str(run)]
     done = subprocess.run(words, env=cluster, cwd=run.parent, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -88,7 +88,7 @@ def test_shipped_scripts_are_rendered_by_the_same_code() -> None:
     assert set(made) == {f"{name}.sbatch" for name in ("prepare", "generate", "merge", "train", "finish")}
     assert {path.name for path in SHIPPED.iterdir()} == set(made)
     for name, text in made.items():
-        assert (SHIPPED / name).read_text(encoding="utf-8") == text, "run python -m scripts.slurm --ship"
+        assert (SHIPPED / name).read_text(encoding="utf-8") == text, "run python -m scripts.reference"
         assert subprocess.run(["bash", "-n", str(SHIPPED / name)], check=False).returncode == 0
 
 

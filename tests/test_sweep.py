@@ -28,7 +28,7 @@ def write_sweep(folder: Path, **keys: Any) -> Path:
 
 
 def run_sweep(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "scripts.sweep", str(path), *options]
+    command = [sys.executable, "-m", "scripts.cli", "sweep", str(path), *options]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     env.pop("RETORT_CACHE", None)
     return subprocess.run(command, capture_output=True, text=True, cwd=path.parent, env=env, timeout=550)

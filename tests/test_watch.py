@@ -34,7 +34,7 @@ def steps(first: int, last: int) -> list[dict[str, Any]]:
 
 def show(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "130"}
-    command = [sys.executable, "-m", "scripts.watch", str(folder), *options]
+    command = [sys.executable, "-m", "scripts.cli", "watch", str(folder), *options]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
@@ -137,7 +137,7 @@ def test_on_a_terminal_the_picture_follows_the_run_to_its_end(tmp_path: Path) ->
     write_lines(tmp_path / "metrics.jsonl", steps(1, 4))
     outer, inner = pty.openpty()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "LINES": "40", "TERM": "xterm"}
-    command = [sys.executable, "-m", "scripts.watch", str(tmp_path)]
+    command = [sys.executable, "-m", "scripts.cli", "watch", str(tmp_path)]
     program = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=env)
     os.close(inner)
     try:
