@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.masks import mask_prompt
 from data_prep.tokens import Tokenizer, fetch, load_tokenizer
 from recipes.errors import DataError, RecipeError
-from recipes.lineage import read_manifest
+from recipes.lineage import read_manifest, read_object
 from recipes.refs import parse_ref
 from recipes.schema import Model, Recipe
 
@@ -216,7 +216,7 @@ def end_tokens(backend: Any, folder: Path | None) -> set[int]:
     """Token ids at which a model stops: the tokenizer's end token, and those of the model's generation settings."""
     ends = {int(backend.eos_token_id)} if backend.eos_token_id is not None else set()
     for name in ("generation_config.json", "config.json"):
-        found = _read(folder / name).get("eos_token_id") if folder is not None else None
+        found = read_object(folder / name).get("eos_token_id") if folder is not None else None
         if found is not None:
             return ends | set(found if isinstance(found, list) else [found])
     return ends
@@ -238,10 +238,10 @@ def parameters_of(folder: Path) -> int | None:
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return sum(map(_elements, files))
-    meta = _read(folder / "model.safetensors.index.json").get("metadata") or {}
+    meta = read_object(folder / "model.safetensors.index.json").get("metadata") or {}
     if "total_parameters" in meta:
         return int(meta["total_parameters"])
-    config = _read(folder / "config.json")
+    config = read_object(folder / "config.json")
     width = _BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
     return int(meta["total_size"]) // width if "total_size" in meta else None
 
@@ -294,11 +294,3 @@ def _folder(text: str, place: str) -> Path | None:
         return fetch(parse_ref(text), False, place)
     except ValueError:  # a RecipeError is one too
         return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

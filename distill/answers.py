@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.rows import Message, Row
-from distill.filters import PROMPT, Candidate, Judged
+from distill.filters import Candidate, Judged
+from distill.journal import JOURNAL
 from recipes.evidence import Asset, to_record
 from recipes.gate import Verdict
 from recipes.lineage import (
@@ -34,7 +35,7 @@ from recipes.lineage import (
     write_manifest,
 )
 from recipes.schema import Recipe
-from recipes.student import ROWS, TEACHER, decides
+from recipes.student import PROMPT, ROWS, TEACHER, decides
 
 SHARD_ROWS = 50_000
 SHOWN = 20  # samples and rejects that the report shows
@@ -237,7 +238,7 @@ def summary(
         "prompt_tokens": work.prompt_tokens,
         "completion_tokens": work.completion_tokens,
         "seconds": seconds,
-        "journal_bytes": sum(p.stat().st_size for p in (teacher_folder(recipe) / "journal").glob("*.jsonl")),
+        "journal_bytes": sum(p.stat().st_size for p in (recipe.run_dir / TEACHER / JOURNAL).glob("*.jsonl")),
         "cost": cost,
         "currency": price.currency if price is not None else None,
         "scores": _mean([c.score for c in judged_all if c.score is not None]),
@@ -317,7 +318,3 @@ def finish(
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def teacher_folder(recipe: Recipe) -> Path:
-    return recipe.run_dir / TEACHER

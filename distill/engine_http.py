@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 from pydantic import SecretStr
 
 from data_prep.completions import TAGS, completion_text
-from data_prep.logit_cache import Sparse
+from data_prep.logit_cache import Sparse, scored_positions
 from distill.http_client import Bucket, Call, Client
 from distill.http_errors import OPTIONS, Key, shown
 from distill.http_replies import Reply, Watch, read_answer, read_scores
@@ -31,7 +30,7 @@ from distill.http_stream import stream
 from distill.identity import model_identity
 from distill.teachers import CUT, Completion, Request
 from recipes.errors import EngineError, RecipeError
-from recipes.evidence import host_at, host_named
+from recipes.evidence import host_at, host_named, served_name
 from recipes.schema import Recipe
 from recipes.schema_teacher import HttpEngine
 
@@ -160,7 +159,7 @@ class HttpTeacher:
         return Call(request.key, path, self._finished(body), tokens, read_answer, used, request)
 
     def _score_call(self, ids: Sequence[int], marked: Sequence[bool], k: int, number: int) -> Call:
-        at = [t for t in range(1, len(ids)) if marked[t]]
+        at = scored_positions(marked)
         body: dict[str, Any] = {"prompt": list(ids), "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": k}
         read = partial(read_scores, ids=tuple(ids), at=at, k=k)
         return Call(f"to score sequence {number}", "/completions", self._finished(body) if at else None, len(ids), read)
@@ -212,15 +211,6 @@ class HttpTeacher:
         if self.tokenizer is None:
             return len(text) // 4
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def served_name(model: str) -> str:
-    """What a server calls a model: of `openai:gpt-4o`, as the licence gate names it, gpt-4o; but `llama3:8b` is no
-    service's. A revision is for the gate alone."""
-    prefix, _, name = model.partition(":")
-    if name and host_named(prefix) is not None:
-        return name
-    return re.sub(r"(?<=[\w/])@[\w./-]+$", "", model)
 
 
 def is_hosted(model: str, urls: Sequence[str]) -> bool:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.completions import completion_text
-from data_prep.logit_cache import Sparse, join
+from data_prep.logit_cache import Sparse, join, scored_positions
 from data_prep.tokens import fetch
 from distill.identity import PLACE, model_identity, teacher_ref
 from distill.logits import sparse_from_topk
@@ -162,7 +162,7 @@ class VllmTeacher:
 
     def _scored(self, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[_Job]:
         for number, (ids, marks) in enumerate(sequences):
-            places = [place for place, mark in enumerate(marks) if mark and place > 0]
+            places = scored_positions(marks)
             if places and len(ids) >= self._longest:
                 what = f"a sequence of {len(ids):,} tokens is longer than vLLM's window of {self._longest:,} less one"
                 raise EngineError(what, f"{KEY}.max_model_len", "raise it, or lower train.seq_len")

@@ -38,6 +38,7 @@ from recipes.schema_teacher import (
     Verified,
     Vote,
 )
+from recipes.student import PROMPT
 
 ORDER = tuple(Filter.model_fields)  # of the reasons: the first one counts
 LATE = ("near_duplicate", "contaminated")  # looked at only where nothing else speaks against an answer
@@ -55,7 +56,6 @@ UNNAMED: dict[str, Any] = {
     "contaminated": Contaminated(),
 }
 BATCH = 256  # answers looked at, or marked, together
-PROMPT = "_prompt"  # column of a row: the id of the prepared prompt that it came from
 
 
 @dataclass(eq=False)

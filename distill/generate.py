@@ -23,8 +23,9 @@ from data_prep.prepare import Prepared, prepare
 from data_prep.rows import Message, Row, before_answer
 from distill import answers, pairs, scoring
 from distill.answers import Work
-from distill.filters import PROMPT, Candidate, Judged, Verify, judge
-from distill.journal import Journal
+from distill.filters import Candidate, Judged, Verify, judge
+from distill.identity import teacher_ref
+from distill.journal import IDENTITY, JOURNAL, Journal
 from distill.meter import Meter
 from distill.rounds import Asked, Asker, Thread, going_on, student_row
 from distill.teachers import Completion, Teacher, identity_of, open_teacher
@@ -34,7 +35,7 @@ from recipes.gate import Verdict, examine
 from recipes.presets import resolve
 from recipes.schema import Recipe
 from recipes.schema_teacher import Round
-from recipes.student import ROWS, TEACHER, rows_folder, scored, waits
+from recipes.student import PROMPT, ROWS, TEACHER, rows_folder, scored, waits
 
 Say = Callable[[str], None]
 Shard = tuple[int, int]  # (number from 1, of how many)
@@ -125,15 +126,18 @@ def generate(recipe: Recipe, verify: Verify | None = None, shard: Shard = (1, 1)
         GateError: a licence forbids it. RecipeError: teacher and student do not fit together. DataError: prompts that
         cannot be read. EngineError: the teacher fails.
     """
-    verdict, _ = examine(recipe)
+    verdict, assets = examine(recipe)
     verdict.require()
     if recipe.method.type != "distill":
         raise RecipeError(f"method {recipe.method.type} has no teacher", "method", "retort train RECIPE trains it")
     sampling, words = resolve(recipe)
     prompts = _prompts(recipe)
     tokenizer = load_teacher_tokenizer(recipe)
-    verdict, assets = examine(recipe)  # by the files of the teacher, now that those that can be had are here
-    verdict.require()
+    assert recipe.teacher is not None
+    ref = teacher_ref(recipe.teacher.model)
+    if ref is not None and ref.kind == "hub":  # judged by its name so far; now by those of its files that are here
+        verdict, assets = examine(recipe)
+        verdict.require()
     rows, held_out = _rows(recipe, prompts)
     chats = [before_answer(row.messages) for row in rows]
     for note in require_pair(
@@ -144,8 +148,8 @@ def generate(recipe: Recipe, verify: Verify | None = None, shard: Shard = (1, 1)
     folder = recipe.run_dir / TEACHER
     identity = identity_of(recipe)
     backend = tokenizer.backend if tokenizer is not None else None
-    with Journal(folder / "journal", shard) as journal:
-        answers.write_json(folder / "identity.json", identity)
+    with Journal(folder / JOURNAL, shard) as journal:
+        answers.write_json(folder / IDENTITY, identity)
         for note in journal.notes:
             say(f"note: {note}")
         stage = Stage(recipe, shard, say, backend, identity, sampling, journal)

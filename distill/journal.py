@@ -10,18 +10,18 @@ its answer is asked for again. What a line is, journal_files.py says.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from distill.journal_files import Records, aside, encode, repair, sync_folder
 from distill.teachers import Completion, Request, Teacher
 from recipes.errors import EngineError, RetortError
 from recipes.lineage import cannot_write
+from recipes.locks import hold
 
 JOURNAL = "journal"  # folder inside a run's teacher/
 IDENTITY = "identity.json"  # beside it: the identity of the teacher that wrote it
@@ -63,7 +63,11 @@ class Journal:
         self._pump: _Pump | None = None
         self._failed = False
         with ExitStack() as held:  # given back in close(), or at once when opening fails
-            held.enter_context(_lock(self.path))
+            # It lies on a file beside it, since a repair puts another file in its place.
+            lock = self.path.with_name(f"{self.path.name}.lock")
+            held.enter_context(
+                hold(lock, self.path, "another process writes to it", "wait for it, or take another shard")
+            )
             self._stream, moved = self._open()
             held.callback(os.close, self._stream)
             self._records = Records(folder)
@@ -333,21 +337,3 @@ def read_journal(folder: Path) -> dict[str, Completion]:
 
 def _note(name: str, count: int, what: str) -> str:
     return f"{name}: damaged lines {what} ({count}); what they held is asked again"
-
-
-def _lock(path: Path) -> Any:
-    """The sole right to write a file, which the system takes back when the process ends, however it ends. It lies on a
-    file beside it, since a repair puts another file in its place."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.with_name(f"{path.name}.lock").open("a")
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.close()
-        raise RetortError("another process writes to it", str(path), "wait for it, or take another shard") from None
-    except OSError:
-        pass  # a file system without locks
-    return stream

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from data_prep.logit_cache import Sparse, join
+from data_prep.logit_cache import Sparse, join, scored_positions
 from distill.local_model import Facts, release
 from distill.logits import sparsify
 from recipes.errors import MemoryFitError, out_of_memory
@@ -157,7 +157,7 @@ def _states(output: Any) -> Any:
 
 def _marked(ids: Sequence[int], mask: Sequence[bool]) -> tuple[list[int], list[int]]:
     """Tokens up to the last marked one, and the marked places; never the first, which nothing predicts."""
-    places = [i for i, on in enumerate(mask) if on and i > 0]
+    places = scored_positions(mask)
     return (list(ids[: places[-1] + 1]), places) if places else ([], [])
 
 

@@ -11,7 +11,7 @@ from data_prep.completions import split_thinking
 from data_prep.rows import Row, before_answer
 from data_prep.tokens import load_tokenizer
 from distill.answers import answer_message, pair
-from distill.filters import PROMPT, Candidate, Judged, Verify
+from distill.filters import Candidate, Judged, Verify
 from distill.journal import Journal
 from distill.meter import Meter
 from distill.rounds import Asker, Thread
@@ -20,7 +20,7 @@ from recipes.lineage import MANIFEST, sha256_file
 from recipes.schema import Recipe
 from recipes.schema_teacher import Engine, Round, TransformersEngine
 from recipes.schema_teacher import Teacher as TeacherSection
-from recipes.student import TEACHER
+from recipes.student import PROMPT, TEACHER
 
 Say = Callable[[str], None]
 

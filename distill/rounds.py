@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,6 +173,3 @@ def student_row(asked: Round, thread: Thread) -> Row:
     wording = fill(asked.student_sees, columns_of(row), row.source, "student_sees")
     system = tuple(m for m in row.messages if m["role"] == "system") if asked.ask is None else ()
     return replace(row, messages=(*system, {"role": "user", "content": wording}), grouped=row.group)
-
-
-Run = Callable[[Sequence[Request]], Iterator[Completion]]

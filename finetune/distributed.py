@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import RecipeError, RetortError
-from recipes.lineage import write_atomic
+from recipes.lineage import read_object, write_atomic
 from recipes.schema import Recipe
 
 BEAT = 0.5  # seconds between two signs of life of the main process
@@ -190,7 +190,7 @@ def _wait(place: Path, name: str, what: str) -> None:
     heard, beat = time.monotonic(), None
     try:
         while True:
-            status = _status(place / f"{name}.json")
+            status = read_object(place / f"{name}.json")
             if status.get("seen", {}).get(number) == token:
                 if status["state"] == "done":
                     return
@@ -207,13 +207,6 @@ def _wait(place: Path, name: str, what: str) -> None:
             time.sleep(BEAT / 5)
     finally:
         mine.unlink(missing_ok=True)
-
-
-def _status(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
 
 
 def join(device: str) -> None:

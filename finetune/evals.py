@@ -25,7 +25,7 @@ from finetune.sequences import (
 from finetune.stats import Answer, compare, is_exact
 from recipes.lineage import sha256_json, write_atomic
 from recipes.schema import Recipe
-from recipes.student import TEACHER
+from recipes.student import PROMPT, TEACHER
 
 GENERATED = ("exact_match", "token_f1", "label_accuracy", "macro_f1", "reward")
 LOSSES = ("loss", "perplexity")
@@ -213,8 +213,8 @@ def teacher_answers(run_dir: Path, rows: Sequence[dict[str, Any]], base: Sequenc
     if not path.is_file():
         return None
     lines = map(json.loads, filter(str.strip, path.read_text(encoding="utf-8").split("\n")))
-    known = {line["_prompt"]: line["answer"] for line in lines}
-    prompts = [(row["extra"] or {}).get("_prompt", row["_id"]) for row in rows]
+    known = {line[PROMPT]: line["answer"] for line in lines}
+    prompts = [(row["extra"] or {}).get(PROMPT, row["_id"]) for row in rows]
     if any(prompt not in known for prompt in prompts):
         return None
     return [

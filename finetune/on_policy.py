@@ -23,7 +23,7 @@ from data_prep.tokens import Tokenizer, fetch
 from finetune.arguments import Job, common_arguments, make_trainer
 from finetune.layout import Device, Layout, find_device
 from finetune.models import load_base
-from finetune.policy import prompt_order
+from finetune.policy import prompt_order, vllm_arguments
 from finetune.runs import say
 from recipes.errors import DataError, EngineError, RecipeError
 from recipes.lineage import read_manifest, verify
@@ -158,17 +158,7 @@ def sampling(method: DistillOnPolicy) -> dict[str, Any]:
 
 
 def _engine(method: DistillOnPolicy) -> dict[str, Any]:
-    vllm = method.vllm
-    if vllm is None:
-        return {}
-    found: dict[str, Any] = {"use_vllm": True, "vllm_mode": vllm.mode}
-    if vllm.mode == "server":
-        return found | {"vllm_server_base_url": vllm.url}
-    return found | {
-        "vllm_gpu_memory_utilization": vllm.memory,
-        "vllm_enable_sleep_mode": vllm.sleep,
-        "vllm_tensor_parallel_size": vllm.tensor_parallel,
-    }
+    return {} if method.vllm is None else vllm_arguments(method.vllm)
 
 
 def _build_gold(job: Job, teacher: Any, tokenizer: Tokenizer) -> Any:

@@ -101,7 +101,11 @@ def _engine(method: GRPO, layout: Layout) -> dict[str, Any]:
         }
     if layout.engine != "vllm":
         return {}
-    vllm = method.vllm or VLLM()
+    return vllm_arguments(method.vllm or VLLM())
+
+
+def vllm_arguments(vllm: VLLM) -> dict[str, Any]:
+    """How vLLM runs, in the names that TRL's configs share."""
     found: dict[str, Any] = {"use_vllm": True, "vllm_mode": vllm.mode}
     if vllm.mode == "server":
         return found | {"vllm_server_base_url": vllm.url}

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from finetune.reward_sample import Sample, answer_of
 from recipes.errors import EngineError, RecipeError
-from recipes.evidence import host_named
+from recipes.evidence import served_name
 from recipes.schema_rewards import Judge
 
 PAUSES = (1.0, 4.0)  # seconds before the second and the third try, unless the server says Retry-After
@@ -79,16 +79,7 @@ def endpoint_of(options: Judge, place: str | None = None) -> Endpoint:
         raise RecipeError(
             f"the environment variable {options.api_key_env} is not set", place, "it holds the judge's key"
         )
-    return Endpoint(options.url.rstrip("/") + "/chat/completions", _served(options.model), key, options.seconds)
-
-
-def _served(model: str) -> str:
-    """What the endpoint calls a model: of `openai:gpt-4o`, as the licence gate names it, gpt-4o; but `llama3:8b` is
-    no service's. A revision is for the gate alone."""
-    prefix, _, name = model.partition(":")
-    if name and host_named(prefix) is not None:
-        return name
-    return re.sub(r"(?<=[\w/])@[\w./-]+$", "", model)
+    return Endpoint(options.url.rstrip("/") + "/chat/completions", served_name(options.model), key, options.seconds)
 
 
 def judge(samples: Sequence[Sample], options: Judge, endpoint: Endpoint) -> list[float | None]:

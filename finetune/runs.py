@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.prepare import changed_inputs
-from finetune.distributed import first
-from recipes.errors import RecipeError, RetortError
-from recipes.lineage import MANIFEST, cannot_write, read_manifest, write_atomic
+from finetune.distributed import first, rank
+from recipes.errors import RecipeError
+from recipes.lineage import MANIFEST, read_manifest, read_object, write_atomic
 from recipes.load import difference, load_recipe
+from recipes.locks import hold
 from recipes.schema import Recipe
 from recipes.student import LOGITS, PROMPTS, TEACHER, decides, student_recipe
 
@@ -57,7 +57,7 @@ class Run:
 
 def is_main() -> bool:
     """Whether this is the process that writes and prints (torchrun and accelerate set RANK)."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0
 
 
 def say(*lines: str) -> None:
@@ -198,28 +198,12 @@ def _has_trained(folder: Path) -> bool:
 
 
 def _id(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / STATE).read_text(encoding="utf-8"))["id"])
-    except (OSError, ValueError, KeyError):
-        return uuid.uuid4().hex[:12]
+    return str(read_object(folder / STATE).get("id") or uuid.uuid4().hex[:12])
 
 
 def _lock(folder: Path) -> Any:
-    """An exclusive lock that the system releases when the process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / ".lock").open("a")
-    except OSError as error:
-        raise cannot_write(folder, error) from None
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RetortError(
-            "another process is at work in it", str(folder), "wait for it, or choose another output"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    return stream
+    """The sole right to work in a run directory."""
+    return hold(folder / ".lock", folder, "another process is at work in it", "wait for it, or choose another output")
 
 
 def _move_aside(folder: Path, lock: Any, notes: list[str]) -> Any:
@@ -228,12 +212,17 @@ def _move_aside(folder: Path, lock: Any, notes: list[str]) -> Any:
         number += 1
     os.replace(folder, target)
     notes.append(f"the earlier run was moved to {target}")
-    for name in KEPT:  # a copy goes on: another learning rate is no reason to ask the teacher again
-        if (target / name).is_dir():
-            shutil.copytree(target / name, folder / name, copy_function=_copy)
+    carry_over(target, folder)  # another learning rate is no reason to ask the teacher again
     if lock is not None:
         lock.close()
     return _lock(folder)
+
+
+def carry_over(source: Path, target: Path) -> None:
+    """Give a run directory the teacher's work of another one, where it has none of its own."""
+    for name in KEPT:
+        if (source / name).is_dir() and not (target / name).is_dir():
+            shutil.copytree(source / name, target / name, copy_function=_copy)
 
 
 def _copy(source: str, target: str) -> None:

@@ -14,12 +14,11 @@ from data_prep.cache import cache_folder
 from data_prep.masks import Masked, pieces
 from data_prep.prepare import Prepared, base_state
 from data_prep.tokens import Tokenizer, fetch
-from finetune import evals, flops, reward_check
+from finetune import distributed, evals, flops, reward_check
 from finetune import preflight as checks
 from finetune.arguments import Job
 from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
 from finetune.completions import Completions
-from finetune.distributed import first
 from finetune.guards import Guarding
 from finetune.layout import Device, Layout, model_facts, plan_layout
 from finetune.models import load_start
@@ -76,7 +75,7 @@ def write_layout(recipe: Recipe, device: Device, prepared: Prepared, folder: Pat
         RetortError: the run began on other devices.
     """
     path = folder / "plan.json"
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = distributed.world()
     if newest_complete(folder / "checkpoints")[0] is not None and path.is_file():
         layout = Layout(**json.loads(path.read_text(encoding="utf-8")))
         if (layout.world_size, layout.device) != (world, device.kind):
@@ -123,7 +122,7 @@ def use_cores(device: Device) -> None:
     """`accelerate launch` gives a lone process on a CPU one thread; take the cores that it may run on."""
     import torch
 
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("WORLD_SIZE", "1") == "1"
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and distributed.world() == 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.kind == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1" and cores > 1:
         torch.set_num_threads(cores)
@@ -168,8 +167,7 @@ def reference(
         return []
     cache = Cache(cache_folder(recipe.run_dir) / "reference.sqlite")
     key = model_key(recipe, layout, base_state(recipe))
-    rank, world = int(os.environ.get("RANK", "0")), layout.world_size
-    found, computed = reference_logps(model, tokenizer, wanted, key, cache, rank, world)
+    found, computed = reference_logps(model, tokenizer, wanted, key, cache, distributed.rank(), layout.world_size)
     say(f"reference log-probabilities: {len(found):,} answers, {computed:,} computed, the others from the cache")
     return found
 
@@ -184,7 +182,7 @@ def rewards(
     if recipe.method.type != "grpo":
         return layout
     path = folder / "rewards.json"
-    with first(folder, "sampling the start"):
+    with distributed.first(folder, "sampling the start"):
         found = reward_check.load_check(path)
         if found is None:
             say("sampling the base to see its rewards")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import RecipeError
-from recipes.lineage import MANIFEST, read_manifest
+from recipes.lineage import MANIFEST, read_manifest, read_object
 from recipes.schema import Recipe, Wandb
 from recipes.student import LOGITS, PROMPTS, ROWS, TEACHER
 
@@ -196,8 +196,8 @@ def quality(result: dict[str, Any] | None) -> Iterator[tuple[str, Any]]:
 
 def memory(folder: Path) -> Iterator[tuple[str, int]]:
     """Memory as it was planned, and as the longest batch took it."""
-    planned = _json(folder / "plan.json").get("estimated_bytes")
-    took = (_json(folder / "preflight.json").get("probe") or {}).get("peak_memory_bytes")
+    planned = read_object(folder / "plan.json").get("estimated_bytes")
+    took = (read_object(folder / "preflight.json").get("probe") or {}).get("peak_memory_bytes")
     for name, value in (("predicted", planned), ("longest_batch", took)):
         if value is not None:
             yield f"memory/{name}_bytes", int(value)
@@ -218,7 +218,7 @@ def of_manifest(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def taught(folder: Path) -> Iterator[tuple[str, Any]]:
     """What the teacher's answers cost, and how many were of use; from the teacher's folder of a run."""
-    found = _json(folder / "stats.json") | _json(folder / "summary.json")
+    found = read_object(folder / "stats.json") | read_object(folder / "summary.json")
     for name in ("candidates", "kept", "prompt_tokens", "completion_tokens", "seconds", "cost"):
         if found.get(name) is not None:
             yield f"teacher/{name}", found[name]
@@ -283,7 +283,7 @@ def _record_earlier(recipe: Recipe, run_dir: Path, run_id: str, mode: str) -> st
 
 def record_export(recipe: Recipe, made: Path) -> None:
     """Write down that a finished run was exported to the folder `made`. The export stands, whatever wandb says."""
-    run_dir, run_id = recipe.run_dir, str(_json(recipe.run_dir / "state.json").get("id") or "")
+    run_dir, run_id = recipe.run_dir, str(read_object(recipe.run_dir / "state.json").get("id") or "")
     try:
         mode = choose_mode(recipe)
         if mode is None or not run_id:
@@ -440,14 +440,6 @@ def redacted(value: Any) -> Any:
 def _secrets() -> dict[str, str]:
     named = {name: value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
     return {name: value for name, value in named.items() if len(value) >= SHORTEST_SECRET and not os.path.exists(value)}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def has_key() -> bool:

@@ -362,3 +362,12 @@ def from_record(record: dict[str, Any]) -> Asset:
 def _claim(record: dict[str, Any]) -> Claim:
     licence = record["licence"] if record["licence"] in facts().licences else None
     return Claim(licence, str(record["stated"]), str(record["source"]), bool(record["firm"]))
+
+
+def served_name(model: str) -> str:
+    """What a server calls a model: of `openai:gpt-4o`, as the licence gate names it, gpt-4o; but `llama3:8b` is no
+    service's. A revision is for the gate alone."""
+    prefix, _, name = model.partition(":")
+    if name and host_named(prefix) is not None:
+        return name
+    return re.sub(r"(?<=[\w/])@[\w./-]+$", "", model)

@@ -135,6 +135,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that may be missing, half written or something else: then it is empty."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def verify(folder: Path) -> list[str]:
     """Recompute the hashes of an artefact. Returns the names of files that are missing or differ (empty: intact).
 

@@ -14,6 +14,7 @@ from recipes.schema_method import SFT, Method
 TEACHER = "teacher"  # of a run directory: what the teacher wrote
 PROMPTS = "prompts"  # prepared prompts, the teacher's input; the student's rows are in data/, as in any run
 LOGITS = "logits"
+PROMPT = "_prompt"  # column of a row: the id of the prepared prompt that it came from
 ROWS = ("rows", "heldout")  # folders inside TEACHER: the student's training rows, and its held-out ones
 
 

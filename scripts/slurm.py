@@ -19,11 +19,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from distill.journal import JOURNAL
 from recipes.errors import RecipeError, RetortError
 from recipes.gate import check
-from recipes.lineage import read_manifest, write_atomic
+from recipes.lineage import read_manifest, read_object, write_atomic
 from recipes.load import load_recipe
 from recipes.schema import Recipe
+from recipes.student import TEACHER
 from scripts.batch import FOLDER, Ask, Place, render, stages
 
 JOBS = "jobs.json"
@@ -110,11 +112,7 @@ def _require_room(recipe: Recipe, folder: Path) -> None:
 
 def read_jobs(folder: Path) -> dict[str, Any] | None:
     """What was submitted for a run directory last; None where nothing was."""
-    try:
-        found: dict[str, Any] = json.loads((folder / FOLDER / JOBS).read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError):
-        return None
+    return read_object(folder / FOLDER / JOBS) or None
 
 
 def queue(jobs: Sequence[str]) -> list[dict[str, str]]:
@@ -129,7 +127,7 @@ def queue(jobs: Sequence[str]) -> list[dict[str, str]]:
 
 def journalled(folder: Path) -> int:
     """Answers in the teacher's journal, as lines of its files."""
-    return sum(path.read_bytes().count(b"\n") for path in (folder / "teacher" / "journal").glob("*.jsonl"))
+    return sum(path.read_bytes().count(b"\n") for path in (folder / TEACHER / JOURNAL).glob("*.jsonl"))
 
 
 def slurm(*command: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import DataError, RetortError
-from recipes.lineage import read_manifest
+from recipes.lineage import read_manifest, read_object
 from recipes.load import load_recipe
 from recipes.schema import Recipe
 from recipes.student import LOGITS, PROMPTS, TEACHER
@@ -223,10 +223,8 @@ def _locked(path: Path) -> bool:
 
 def _stopped(run_dir: Path) -> str:
     """That training made room, and where, as an addition to a line."""
-    try:
-        return f"; preempted at step {json.loads((run_dir / 'stopped.json').read_text(encoding='utf-8'))['step']}"
-    except (OSError, ValueError, KeyError):
-        return ""
+    step = read_object(run_dir / "stopped.json").get("step")
+    return f"; preempted at step {step}" if step is not None else ""
 
 
 def _progress(run_dir: Path, part: Part, submitted: dict[str, Any] | None) -> list[str]:

@@ -19,7 +19,6 @@ import math
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,6 @@ from recipes.errors import RecipeError, RetortError
 from recipes.lineage import sha256_json, write_atomic
 from recipes.load import load_recipe
 from recipes.schema import Metric, Recipe
-from recipes.student import LOGITS, PROMPTS, TEACHER
 from recipes.yamltree import Tree, read_yaml
 
 KEYS = ("name", "recipe", "metric", "goal", "grid", "random")
@@ -254,8 +252,9 @@ def run_trial(sweep: Sweep, trial: Trial) -> str | None:
     """Run one trial; returns what it died of, None where it did not. What it prints is in FOLDER.log."""
     import finetune
     from data_prep.cache import cache_folder
+    from finetune.runs import carry_over
 
-    _give_teacher(sweep.recipe.run_dir, trial.folder)
+    carry_over(sweep.recipe.run_dir, trial.folder)  # trials learn from what the recipe's teacher wrote once
     options = [part for text in overrides(trial.setting, sweep.folder) for part in ("--set", text)]
     script = Path(str(finetune.__file__)).parent / "train.py"
     # A trial is no part of the sweep of wandb that asked for it: its own tracking, if any, is a run of its own.
@@ -270,13 +269,6 @@ def run_trial(sweep: Sweep, trial: Trial) -> str | None:
         return None
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing was printed"]
     return f"exit {done.returncode}: {lines[-1].removeprefix('error: ')} (see {log})"
-
-
-def _give_teacher(source: Path, target: Path) -> None:
-    """A distillation's trials learn from what the recipe's teacher wrote once."""
-    for name in (PROMPTS, TEACHER, LOGITS):
-        if (source / name).is_dir() and not (target / name).is_dir():
-            shutil.copytree(source / name, target / name)
 
 
 def _result(folder: Path, metric: str) -> dict[str, float] | None:

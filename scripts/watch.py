@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill.journal import JOURNAL
 from finetune.tracking import SERIES
 from recipes.errors import RetortError
+from recipes.lineage import read_object
 from recipes.student import PROMPTS, TEACHER
 
 EVERY = 2.0  # seconds between looks at the files
@@ -148,7 +150,7 @@ class Watch:
     def look(self, now: float | None = None) -> None:
         """Read what was added to the files."""
         self.tail.read()
-        for path in (self.folder / TEACHER / "journal").glob("*.jsonl"):
+        for path in (self.folder / TEACHER / JOURNAL).glob("*.jsonl"):
             self.journals.setdefault(path, Lines(path))
         total = sum(lines.read() for path, lines in self.journals.items() if path.is_file())
         self.asked = [*self.asked[-RECENT:], (time.monotonic() if now is None else now, total)]
@@ -165,7 +167,7 @@ class Watch:
         if not steps:
             return ""
         last = steps[-1]
-        total = _json(self.folder / "plan.json").get("steps")
+        total = read_object(self.folder / "plan.json").get("steps")
         words = [f"step {last['step']}{f' of {total}' if total else ''}", f"loss {last['loss']:.4f}"]
         recent = steps[-RECENT:]
         done, took = last["step"] - recent[0]["step"], last.get("seconds", 0.0) - recent[0].get("seconds", 0.0)
@@ -179,7 +181,7 @@ class Watch:
 
     def _memory(self) -> str:
         took = [line["memory_bytes"] for line in self.tail.lines if line.get("memory_bytes")]
-        planned = _json(self.folder / "plan.json").get("estimated_bytes")
+        planned = read_object(self.folder / "plan.json").get("estimated_bytes")
         words = [f"peak {took[-1] / 2**30:.2f} GiB"] if took else []
         words += [f"planned {planned / 2**30:.2f}"] if planned else []
         return f"memory: {', '.join(words)}" if words else ""
@@ -188,7 +190,7 @@ class Watch:
         if not self.journals:
             return ""
         count = self.asked[-1][1] if self.asked else 0
-        prompts = _json(self.folder / PROMPTS / "manifest.json")
+        prompts = read_object(self.folder / PROMPTS / "manifest.json")
         rows = (prompts.get("counts") or {}).get("train_rows")
         samples = ((prompts.get("recipe") or {}).get("teacher") or {}).get("samples")
         rounds = len(((prompts.get("recipe") or {}).get("teacher") or {}).get("rounds") or ()) or 1
@@ -252,14 +254,6 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def watch_run(folder: Path, once: bool = False) -> None:

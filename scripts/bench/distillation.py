@@ -21,10 +21,9 @@ import copy
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +37,12 @@ import torch  # noqa: E402
 from data_prep.logit_cache import LogitWriter, row_key  # noqa: E402
 from distill.logits import sparsify  # noqa: E402
 from finetune.losses import Head, Targets, renormalised, sparse_divergence, targets_of  # noqa: E402
+from recipes.refs import EMBEDDED  # noqa: E402
 from recipes.schema_teacher import Logits  # noqa: E402
+from scripts.bench.data_prep import show  # noqa: E402
 
-EMBEDDED = Path(__file__).resolve().parents[2] / "recipes" / "embedded"
 ROUNDS = 12
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365}  # 97.5 % point of Student's t, by number of seeds
-
-
-def show(title: str, header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
-    cells = [[str(cell) for cell in line] for line in (header, *lines)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(f"\n{title}")
-    for line in cells:
-        padded = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-        print("  ".join([line[0].ljust(widths[0]), *padded[1:]]))
-    sys.stdout.flush()
 
 
 def model_of(name: str) -> Any:

@@ -31,9 +31,10 @@ from conftest import ROOT
 from pydantic import SecretStr
 
 from data_prep.completions import split_thinking
-from distill.engine_http import HttpTeacher, is_hosted, served_name
+from distill.engine_http import HttpTeacher, is_hosted
 from distill.http_errors import Key
 from recipes.errors import EngineError, RecipeError
+from recipes.evidence import served_name
 
 
 @pytest.fixture(autouse=True)
