@@ -7,14 +7,13 @@ student's. None of this shows in a vocabulary's size, and a wrong pair trains wi
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.masks import mask_prompt
+from data_prep.model_files import tensors_of
 from data_prep.tokens import Tokenizer, fetch, load_tokenizer
 from recipes.errors import DataError, RecipeError
 from recipes.lineage import read_manifest, read_object
@@ -247,12 +246,7 @@ def parameters_of(folder: Path) -> int | None:
 
 
 def _elements(path: Path) -> int:
-    """Element count of a safetensors file, from its header: an 8-byte length, then JSON."""
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    return sum(math.prod(t["shape"]) * (2 if t["dtype"] == "U8" else 1) for t in tensors)
+    return sum(math.prod(t["shape"]) * (2 if t["dtype"] == "U8" else 1) for t in tensors_of(path).values())
 
 
 def teacher_of(manifest: Mapping[str, Any]) -> str | None:

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
+from data_prep.model_files import FIGURES, cached_of, context_of
 from data_prep.tokens import fetch
+from data_prep.weights import DTYPES, keep_quantised_weights, nf4, require_vocabulary
 from recipes.errors import EngineError, MemoryFitError, RecipeError, out_of_memory
 from recipes.refs import parse_ref
 from recipes.schema_teacher import TransformersEngine
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLACE = "teacher.engine.transformers"
 BOUNDLESS = 1 << 20  # context of models that state none
 
@@ -80,13 +81,7 @@ def load_model(model: str, options: TransformersEngine, tokenizer: Any) -> tuple
     dtype = DTYPES[named]
     how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if options.quantization == "nf4":
-        how["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype,
-        )
+        how["quantization_config"] = nf4(dtype)
     if device.type == "cuda" or options.quantization == "nf4":
         how["device_map"] = {"": device}
     logging.disable_progress_bar()
@@ -99,46 +94,25 @@ def load_model(model: str, options: TransformersEngine, tokenizer: Any) -> tuple
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(f"{model} cannot be loaded: {reason}", "teacher.model") from None
     loaded.eval().requires_grad_(False)
-    _keep_quantised_weights(loaded)
-    _check_vocabulary(model, loaded, tokenizer)
+    keep_quantised_weights(loaded)
+    require_vocabulary(loaded, tokenizer, model, "teacher.tokenizer")
     facts = _facts(loaded, tokenizer)
     loaded.generation_config = GenerationConfig(eos_token_id=list(facts.end_ids), pad_token_id=facts.pad_id)
     return loaded, facts
 
 
-def _keep_quantised_weights(model: Any) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on a processor with AVX-512: it would round their scales."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
-        raise RecipeError(
-            f"the tokenizer has token {highest}, {name} only {rows} embeddings",
-            "teacher.tokenizer",
-            "use the tokenizer that belongs to the model",
-        )
-
-
 def _facts(model: Any, tokenizer: Any) -> Facts:
     config = model.config.get_text_config()
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    figures = {name: getattr(config, name, None) for name in FIGURES}
     hidden = int(config.hidden_size)
-    of_each = int(getattr(config, "head_dim", None) or hidden // heads)
-    kept = int(config.num_hidden_layers) * int(getattr(config, "num_key_value_heads", None) or heads) * of_each
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     size = model.dtype.itemsize
     ends = _end_ids(model, tokenizer)
     if not ends:
         raise EngineError("the model has no end token", "teacher.model", "set eos_token in its tokenizer_config.json")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    return Facts(
-        _context(config), 2 * kept * size, (12 * hidden + 3 * inner) * size, int(config.vocab_size), ends, int(pad)
-    )
+    context, cached = context_of(figures) or BOUNDLESS, cached_of(figures) * size
+    return Facts(context, cached, (12 * hidden + 3 * inner) * size, int(config.vocab_size), ends, int(pad))
 
 
 def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -150,16 +124,6 @@ def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
             if token is not None and token >= 0:
                 found[int(token)] = None
     return tuple(found)
-
-
-def _context(config: Any) -> int:
-    """Positions of the model. YaRN and its like often state the unscaled number with a factor (Qwen2.5, for one)."""
-    positions = getattr(config, "max_position_embeddings", None) or BOUNDLESS
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if isinstance(scaling, dict) and scaling.get("original_max_position_embeddings", positions) == positions:
-        factor = scaling.get("factor")
-        positions *= factor if isinstance(factor, int | float) else 1
-    return int(positions)
 
 
 def free_bytes(device: torch.device) -> int:

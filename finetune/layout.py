@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.model_files import cached_of, context_of, tensors_of
 from finetune import distributed
 from recipes.errors import MemoryFitError, RecipeError
 from recipes.refs import parse_ref
@@ -117,15 +118,15 @@ def model_facts(folder: Path) -> ModelFacts:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config", config)
         hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-        parameters = sum(_parameters(path) for path in sorted(folder.glob("*.safetensors")))
+        parameters = sum(map(_elements, sorted(folder.glob("*.safetensors"))))
         facts = ModelFacts(
             parameters,
             layers,
             hidden,
             int(config.get("intermediate_size") or 4 * hidden),
             int(config["vocab_size"]),
-            _context(config),
-            _cached(config),
+            context_of(config),
+            cached_of(config),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
@@ -133,29 +134,8 @@ def model_facts(folder: Path) -> ModelFacts:
     return facts
 
 
-def _context(config: dict[str, Any]) -> int | None:
-    """Positions of the model. YaRN and its like often state the unscaled number with a factor (Qwen2.5, for one)."""
-    positions = config.get("max_position_embeddings")
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if positions and scaling.get("original_max_position_embeddings", positions) == positions:
-        positions = positions * float(scaling.get("factor") or 1)
-    return int(positions) if positions else None
-
-
-def _cached(config: dict[str, Any]) -> int:
-    heads = int(config.get("num_attention_heads") or 1)
-    of_each = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-    return 2 * int(config["num_hidden_layers"]) * int(config.get("num_key_value_heads") or heads) * of_each
-
-
-def _parameters(path: Path) -> int:
-    """Element count of a safetensors file, from its header (an 8-byte length, then JSON)."""
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > 100_000_000:
-            raise ValueError(f"{path.name} is no safetensors file")
-        header = json.loads(stream.read(length))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+def _elements(path: Path) -> int:
+    return sum(math.prod(tensor["shape"]) for tensor in tensors_of(path).values())
 
 
 def refuse_impossible(recipe: Recipe, device: Device, facts: ModelFacts | None) -> None:

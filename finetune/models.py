@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from data_prep.tokens import Tokenizer, fetch
+from data_prep.weights import DTYPES, keep_quantised_weights, nf4, require_vocabulary
 from finetune import distributed
 from finetune.layout import Device, compute_dtype
 from recipes.errors import DataError, RecipeError
 from recipes.lineage import verify
 from recipes.load import load_recipe
 from recipes.schema import Recipe
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_start(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
@@ -83,7 +82,7 @@ def load_base(recipe: Recipe, tokenizer: Tokenizer, device: Device, folder: Path
     if recipe.method.type == "reward":
         options |= {"num_labels": 1, "pad_token_id": tokenizer.backend.pad_token_id}
     if recipe.model.quantization == "nf4":
-        options["quantization_config"] = _nf4(recipe, dtype)
+        options["quantization_config"] = nf4(dtype, recipe.model.double_quant)
     quantised = recipe.model.quantization != "none"
     if device.kind == "cuda" and (quantised or distributed.shards(device.kind) == 1):
         options["device_map"] = {"": torch.cuda.current_device()}  # weights that will be cut wait on the processor
@@ -96,8 +95,9 @@ def load_base(recipe: Recipe, tokenizer: Tokenizer, device: Device, folder: Path
     except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(f"{recipe.model.base} cannot be loaded: {reason}", "model.base") from None
-    _keep_quantised_weights(model)
-    _check_vocabulary(recipe, model, tokenizer)
+    keep_quantised_weights(model)
+    place = "model.tokenizer" if recipe.model.tokenizer else "model.base"
+    require_vocabulary(model, tokenizer.backend, "the model", place)
     model.config.use_cache = False
     return model
 
@@ -107,41 +107,6 @@ def model_class(recipe: Recipe) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification if recipe.method.type == "reward" else AutoModelForCausalLM
-
-
-def _nf4(recipe: Recipe, dtype: torch.dtype) -> Any:
-    """4-bit NormalFloat weights, computed in `dtype` (Dettmers et al. 2023, sections 3 and 4)."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=recipe.model.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,
-    )
-
-
-def _keep_quantised_weights(model: Any) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on a processor with AVX-512.
-
-    At the first evaluation it rounds their scales to bfloat16 for good and demands sizes divisible by 32: the model
-    that is trained would then not be the one that was measured (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _check_vocabulary(recipe: Recipe, model: Any, tokenizer: Tokenizer) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    highest = max(tokenizer.backend.get_vocab().values())
-    if highest >= rows:
-        raise RecipeError(
-            f"the tokenizer has token {highest}, the model only {rows} embeddings",
-            "model.tokenizer" if recipe.model.tokenizer else "model.base",
-            "use the tokenizer that belongs to the model",
-        )
 
 
 def adapter_config(recipe: Recipe) -> Any:

@@ -1,6 +1,6 @@
 """A wandb workspace as code: `python -m scripts.wandb_dashboard PROJECT [--entity E] [--dry-run]`.
 
-The panels that a domain team looks at, over the names of finetune/tracking.py (docs/tracking.md). It makes a new saved
+The panels that a domain team looks at, over the names of finetune/series.py (docs/tracking.md). It makes a new saved
 view in the project and changes no other. Needs the package wandb-workspaces.
 """
 

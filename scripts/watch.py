@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.journal import JOURNAL
-from finetune.tracking import SERIES
+from finetune.series import SERIES
 from recipes.errors import RetortError
 from recipes.lineage import read_object
 from recipes.student import PROMPTS, TEACHER

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune.tracking import Tracker, name_of
+from finetune.series import name_of
+from finetune.tracking import Tracker
 
 SFT = {"step": 1, "epoch": 0.1, "seconds": 2.5, "loss": 0.5, "learning_rate": 1e-4, "grad_norm": None}
 SPEED = {"tokens_per_second": 900.0, "tokens_seen": 4096, "memory_bytes": 2**30}

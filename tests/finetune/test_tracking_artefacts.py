@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, missing_real_part, run_cli, run_train, write_rows
 
-from finetune import flops, tracking
+from finetune import flops, series, tracking
 from finetune.callbacks import WATCHED
 from finetune.guards import FIRST, Guarding
 from recipes.lineage import write_manifest
@@ -118,7 +118,7 @@ def test_a_run_is_told_stage_by_stage_in_one_group_and_no_file_holds_a_secret(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps: dict[int, dict[str, Any]] = {}
     for line in lines:
-        named = {tracking.name_of(k): v for k, v in line.items() if k not in tracking.OWN and v is not None}
+        named = {series.name_of(k): v for k, v in line.items() if k not in series.OWN and v is not None}
         steps.setdefault(line["step"], {}).update(named)
     assert trained.history == list(steps.values()) and len(steps) == 4
     assert {"train/loss", "speed/tokens_per_second", "memory/peak_bytes", "eval/loss"} <= steps[2].keys()
@@ -262,24 +262,24 @@ def test_without_wandb_nothing_is_told(make_recipe: Callable[..., Path], tmp_pat
 def in_summary(name: str) -> bool:
     """Whether a name is one of the summary's; `*` stands for one part of the path."""
     parts = name.split("/")
-    patterns = [pattern.split("/") for pattern in tracking.SUMMARY]
+    patterns = [pattern.split("/") for pattern in series.SUMMARY]
     return any(len(p) == len(parts) and all(a in ("*", b) for a, b in zip(p, parts, strict=True)) for p in patterns)
 
 
 def test_every_series_has_one_name_and_a_unit_and_the_page_says_so() -> None:
     logged = {"epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_seen", "memory_bytes"}
-    assert logged | set(WATCHED.values()) | {"mfu"} == tracking.SERIES.keys()
-    names = [name for name, _, _ in tracking.SERIES.values()]
-    assert len(set(names)) == len(names) and all(unit for _, unit, _ in tracking.SERIES.values())
+    assert logged | set(WATCHED.values()) | {"mfu"} == series.SERIES.keys()
+    names = [name for name, _, _ in series.SERIES.values()]
+    assert len(set(names)) == len(names) and all(unit for _, unit, _ in series.SERIES.values())
     page = (ROOT / "docs" / "tracking.md").read_text(encoding="utf-8")
-    for key, (name, unit, meaning) in tracking.SERIES.items():
+    for key, (name, unit, meaning) in series.SERIES.items():
         assert f"| `{name}` | `{key}` | {unit} | {meaning} |" in page
-    for name, (unit, meaning) in tracking.SUMMARY.items():
+    for name, (unit, meaning) in series.SUMMARY.items():
         assert f"| `{name}` | {unit} | {meaning} |" in page
 
 
 def test_the_dashboard_shows_only_what_is_logged() -> None:
-    names = {name for name, _, _ in tracking.SERIES.values()}
+    names = {name for name, _, _ in series.SERIES.values()}
     shown = [m for panels in dashboard.SECTIONS.values() for p in panels if p.kind != "pattern" for m in p.metrics]
     assert len(shown) > 60
     assert not [name for name in (*shown, *dashboard.COLUMNS) if name not in names and not in_summary(name)]
