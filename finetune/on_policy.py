@@ -23,7 +23,7 @@ from data_prep.tokens import Tokenizer, fetch
 from finetune.arguments import Job, common_arguments, make_trainer
 from finetune.layout import Device, Layout, find_device
 from finetune.models import load_base
-from finetune.policy import prompt_order, vllm_arguments
+from finetune.policy import numbered_prompts, of_prepared, vllm_arguments
 from finetune.runs import say
 from recipes.errors import DataError, EngineError, RecipeError
 from recipes.lineage import read_manifest, verify
@@ -119,13 +119,9 @@ def fit_head(teacher: Any, student: Any) -> None:
 
 
 def _order(job: Job) -> Any:
-    """A dataset of row numbers, as text, in the order in which their prompts are answered."""
-    import datasets
-
     method = job.recipe.method
     assert isinstance(method, DistillOnPolicy)
-    order = prompt_order(len(job.rows), job.layout.steps * method.prompts_per_step, job.recipe.seed)
-    return datasets.Dataset.from_dict({"prompt": [str(i) for i in order]})
+    return numbered_prompts(len(job.rows), job.layout.steps * method.prompts_per_step, job.recipe.seed)
 
 
 def _build_distillation(job: Job, teacher: Any, tokenizer: Tokenizer) -> Any:
@@ -134,12 +130,6 @@ def _build_distillation(job: Job, teacher: Any, tokenizer: Tokenizer) -> Any:
 
     method = job.recipe.method
     assert isinstance(method, DistillOnPolicy)
-    ids = {str(i): list(row["input_ids"]) for i, row in enumerate(job.rows)}
-
-    class Prepared(DistillationTrainer):
-        def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
-            return [ids[prompt] for prompt in prompts], None, {}
-
     config = DistillationConfig(
         **common_arguments(job),
         beta=method.beta,
@@ -149,7 +139,7 @@ def _build_distillation(job: Job, teacher: Any, tokenizer: Tokenizer) -> Any:
         **_engine(method),
     )
     fit_head(teacher, job.model)
-    return make_trainer(Prepared, job, config, _order(job), teacher_model=teacher)
+    return make_trainer(of_prepared(DistillationTrainer, job.rows), job, config, _order(job), teacher_model=teacher)
 
 
 def sampling(method: DistillOnPolicy) -> dict[str, Any]:

@@ -31,20 +31,12 @@ def build_grpo(job: Job) -> Any:
 
     The rows' other columns and last answers are what the rewards compare with; the layout says who writes completions.
     """
-    import datasets
     from trl import GRPOConfig, GRPOTrainer
 
     recipe, layout, rows = job.recipe, job.layout, job.rows
     method = recipe.method
     assert isinstance(method, GRPO)
-    order = prompt_order(len(rows), layout.steps // method.iterations * method.prompts_per_step, recipe.seed)
-    ids = {str(i): list(row["input_ids"]) for i, row in enumerate(rows)}
-
-    class Prepared(GRPOTrainer):
-        def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
-            return [ids[prompt] for prompt in prompts], None, {}
-
-    data = datasets.Dataset.from_dict({"prompt": [str(i) for i in order]})
+    data = numbered_prompts(len(rows), layout.steps // method.iterations * method.prompts_per_step, recipe.seed)
     common = common_arguments(job)
     # A checkpoint between two updates on the same completions could not be resumed: they are in memory alone.
     save = steps_of(recipe.train.save_every, layout.steps)
@@ -69,7 +61,26 @@ def build_grpo(job: Job) -> Any:
         **_engine(method, layout),
     )
     scored = Scored(recipe, job.tokenizer, rows)
-    return make_trainer(Prepared, job, config, data, reward_funcs=scored.functions())
+    return make_trainer(of_prepared(GRPOTrainer, rows), job, config, data, reward_funcs=scored.functions())
+
+
+def of_prepared(kind: Any, rows: Sequence[Row]) -> Any:
+    """A trainer of TRL's whose model answers while it trains, made to ask the prepared token ids: its prompts are the
+    rows' numbers, as text."""
+    ids = {str(i): list(row["input_ids"]) for i, row in enumerate(rows)}
+
+    class Prepared(kind):
+        def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+            return [ids[prompt] for prompt in prompts], None, {}
+
+    return Prepared
+
+
+def numbered_prompts(rows: int, wanted: int, seed: int) -> Any:
+    """A dataset of row numbers, as text, in the order in which their prompts are answered."""
+    import datasets
+
+    return datasets.Dataset.from_dict({"prompt": [str(i) for i in prompt_order(rows, wanted, seed)]})
 
 
 def check_policy(method: GRPO) -> None:

@@ -261,15 +261,21 @@ def _fields_at(path: KeyPath, value: Any = None) -> dict[str, FieldInfo]:
     """
     models: list[type[BaseModel]] = [Recipe]
     for part in path:
-        value = value[part] if isinstance(value, dict) and part in value else None if isinstance(value, dict) else value
+        value = _inside(value, part)
         if isinstance(part, int):
-            value = value[part] if isinstance(value, list) and part < len(value) else None
             continue
         models = [
             m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
         ]
         models = [m for m in models if _may_be(m, value)] or models
     return {info.alias or name: info for model in models for name, info in model.model_fields.items()}
+
+
+def _inside(value: Any, part: str | int) -> Any:
+    """What stands under a key or a number, None where nothing does."""
+    if isinstance(value, list) and isinstance(part, int):
+        return value[part] if part < len(value) else None
+    return value.get(part) if isinstance(value, dict) else None
 
 
 def _may_be(model: type[BaseModel], value: Any) -> bool:

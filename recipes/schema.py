@@ -397,7 +397,7 @@ class Recipe(Section):
             raise ValueError("answers: given walks along the rows' answers, and requests have none")
         if method.mode == "preference" and method.pairs == "judged" and not teacher.verify:
             raise ValueError("pairs: judged needs teacher.verify: the functions that judge")
-        if method.mode == "on_policy" and teacher.engine.name not in {"transformers"}:
+        if method.mode == "on_policy" and teacher.engine.name != "transformers":
             raise ValueError("mode on_policy runs the teacher beside the student: teacher.engine must be transformers")
 
     @property
