@@ -36,7 +36,7 @@ class Task:
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         check(self.recipe).require()
         if self.stage == "write":
-            prepare(self.recipe, self.run_dir, folder=rows_folder(self.recipe))
+            prepare(self.recipe, self.run_dir, folder=rows_folder(self.recipe, self.run_dir))
             return
         work = begin(self.recipe, self.run_dir)
         if self.stage == "read":

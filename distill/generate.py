@@ -210,7 +210,7 @@ def _run(
 def _prompts(recipe: Recipe) -> Prepared:
     """The prepared prompts; several shards that begin at once prepare them one after the other."""
     with _alone(recipe.run_dir / TEACHER):
-        return prepare(recipe, recipe.run_dir, folder=rows_folder(recipe))
+        return prepare(recipe, recipe.run_dir, folder=rows_folder(recipe, recipe.run_dir))
 
 
 @contextmanager

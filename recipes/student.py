@@ -24,9 +24,9 @@ def waits(recipe: Recipe) -> bool:
     return method.type == "distill" and method.mode != "on_policy" and recipe.prompts_only
 
 
-def rows_folder(recipe: Recipe) -> Path:
+def rows_folder(recipe: Recipe, run_dir: Path) -> Path:
     """Where the recipe's own rows are prepared: prompts for a teacher apart, the student's rows will lie in data/."""
-    return recipe.run_dir / (PROMPTS if waits(recipe) else "data")
+    return run_dir / (PROMPTS if waits(recipe) else "data")
 
 
 def scored(recipe: Recipe) -> bool:

@@ -88,7 +88,7 @@ def prepare(
         print(cluster.submitted(loaded, executor, tasks, partition, time, memory))
         return
     keep = not waits(loaded) and (loaded.run_dir / STATE).is_file()
-    prepared = prepare_rows(loaded, loaded.run_dir, keep, rows_folder(loaded))
+    prepared = prepare_rows(loaded, loaded.run_dir, keep, rows_folder(loaded, loaded.run_dir))
     show.data_table(prepared)
     if show_masks:
         show.masks(loaded, prepared, show_masks)

@@ -22,4 +22,4 @@ def submitted(recipe: Recipe, executor: Any, tasks: int, partition: str | None, 
         raise RecipeError(f"there is no executor '{executor}'", "--executor", "it is local, slurm or ray")
     ids = submit(recipe, recipe.run_dir, Cluster(executor, tasks, partition, time, memory))
     lines = [f"job {number}: {stage}" for stage, number in zip(STAGES, ids, strict=False)]
-    return "\n".join([*lines, f"the data will be in {rows_folder(recipe)}"])
+    return "\n".join([*lines, f"the data will be in {rows_folder(recipe, recipe.run_dir)}"])
