@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 from recipes.quiet import opt_out
 
@@ -141,13 +142,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     page.close()
 
 
-def run_train(recipe: Path, *options: str, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def train_command(recipe: Path, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "finetune" / "train.py"), str(recipe), *options]
+
+
+def run_train(recipe: Path, *options: str, cwd: Path | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run finetune/train.py as a user does, in a process of its own."""
-    command = [sys.executable, str(ROOT / "finetune" / "train.py"), str(recipe), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=550, cwd=cwd or recipe.parent, **kwargs)
+    return warm.run(train_command(recipe, *options), cwd or recipe.parent, **more)
 
 
-def run_cli(*arguments: str, cwd: Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def run_cli(*arguments: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run the `retort` command in a process of its own."""
-    command = [sys.executable, "-m", "scripts.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=550, cwd=cwd, **kwargs)
+    return warm.run([sys.executable, "-m", "scripts.cli", *arguments], cwd, **more)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, run_cli, run_train
+import warm
+from conftest import ROOT, run_cli, run_train, train_command
 
 from recipes.lineage import verify, write_manifest
 
@@ -81,7 +82,7 @@ def test_wandb_offline_without_a_key(make_recipe: Callable[..., Path], tmp_path:
     recipe = make_recipe(track={"wandb": {"project": "retort-test", "tags": ["t"]}})
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    done = run_train(recipe, env=env, stdin=subprocess.DEVNULL)
+    done = run_train(recipe, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     runs = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     kept = [path for path in runs if not path.stem.endswith("-prepare")]
@@ -89,7 +90,7 @@ def test_wandb_offline_without_a_key(make_recipe: Callable[..., Path], tmp_path:
     content = kept[0].read_bytes()
     for name in (b"train/loss", b"train/learning_rate", b"speed/tokens_per_second", b"eval/loss/tuned", b"retort-test"):
         assert name in content
-    pinned = run_train(recipe, "--fresh", "--set", "track.wandb.mode=online", env=env, stdin=subprocess.DEVNULL)
+    pinned = run_train(recipe, "--fresh", "--set", "track.wandb.mode=online", env=env)
     assert pinned.returncode == 2 and "no wandb key is configured" in pinned.stderr
 
 
@@ -196,8 +197,7 @@ def test_a_disk_that_fills_up_while_training_is_named(
         output=str(folder / "run"),
         train={"tokens_per_step": 256, "seq_len": 128, "max_steps": 200, "save_every": 20, "device": "cpu"},
     )
-    command = [sys.executable, str(ROOT / "finetune" / "train.py"), str(recipe)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with warm.start(train_command(recipe), recipe.parent) as process:
         while not (folder / "run" / "metrics.jsonl").exists() and process.poll() is None:
             time.sleep(0.01)
         with (folder / "filler").open("wb") as filler, contextlib.suppress(OSError):

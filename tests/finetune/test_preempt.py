@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_train
+import warm
+from conftest import ROOT, run_train, train_command
 from test_resume import last_step
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -33,9 +34,7 @@ TRAIN = {
 def warned(command: list[str], run: Path, number: int, at: int, one: Callable[[int], int] = int) -> tuple[str, int]:
     """Start a command and warn it at a step; returns what it said and its exit code."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=run.parent, env=environment
-    ) as process:
+    with warm.start(command, run.parent, environment, merged=True) as process:
         deadline = time.monotonic() + 200
         while last_step(run) < at:
             assert process.poll() is None, process.communicate()[0]
@@ -53,10 +52,9 @@ def adapter(run: Path) -> bytes:
 @pytest.mark.slow
 def test_warned_twice_and_going_on(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe, run = make_recipe(train=TRAIN, adapter={"r": 4, "dropout": 0.1}), tmp_path / "run"
-    command = [sys.executable, str(ROOT / "finetune" / "train.py"), str(recipe)]
     stops = [0]
     for number in SIGNALS:
-        said, code = warned(command, run, number, stops[-1] + 5)
+        said, code = warned(train_command(recipe), run, number, stops[-1] + 5)
         assert code == EXIT_CODE == 75, said
         mark = json.loads((run / MARK).read_text())
         step = mark["step"]

@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_cli, run_train
+import warm
+from conftest import run_cli, run_train, train_command
 
 TRAIN = {
     "tokens_per_step": 256,
@@ -36,11 +35,10 @@ def last_step(run: Path) -> int:
 
 def kill_when(recipe: Path, reached: Callable[[], bool], *options: str) -> None:
     """Start a training process and `kill -9` it as soon as `reached()`; fails if it ends by itself first."""
-    command = [sys.executable, str(ROOT / "finetune" / "train.py"), str(recipe), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=recipe.parent) as process:
+    with warm.start(train_command(recipe, *options), recipe.parent, merged=True) as process:
         deadline = time.monotonic() + 300
         while not reached():
-            assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
+            assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, "the point to kill at was never reached"
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)

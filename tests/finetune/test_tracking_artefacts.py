@@ -105,7 +105,7 @@ def test_a_run_is_told_stage_by_stage_in_one_group_and_no_file_holds_a_secret(
         train={**train, "eval_every": 0.5},
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | FAKE
-    done = run_train(recipe, env=env, stdin=subprocess.DEVNULL)
+    done = run_train(recipe, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "run"
     run_id = json.loads((run / "state.json").read_text())["id"]
@@ -181,7 +181,7 @@ def test_a_server_that_does_not_answer_is_asked_once_and_the_run_goes_on_offline
     recipe = make_recipe(track={"wandb": {"project": "retort-test"}}, train=train)
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | FAKE
     env |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
-    done = run_train(recipe, env=env, stdin=subprocess.DEVNULL)
+    done = run_train(recipe, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("tracking goes on offline") == 1 and "Traceback" not in done.stderr
     run = tmp_path / "run"
