@@ -152,7 +152,7 @@ def make_corpus(tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> t
     encoded: list[list[int]] = []
     counts = dict.fromkeys(PARTS, 0)
     while sum(counts.values()) < tokens:
-        drawn = draw_documents(rng, 2000)
+        drawn = draw_documents(rng, min(2000, max(100, tokens // 100)))
         for (part, _), ids in zip(drawn, encode_documents(tokenizer, [d for _, d in drawn]), strict=True):
             encoded.append(ids)
             counts[part] += len(ids)
