@@ -186,6 +186,8 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | No
         raise DataError("holds files that Retort did not write", str(folder), "choose another output")
     if manifest is not None and recipe.attest:
         _require_attested(recipe, manifest, inputs)
+    if manifest is not None and _moved(recipe, manifest):
+        raise _otherwise(folder, [str(recipe.model.ref)])
     if manifest is None:  # rows are read before the tokenizer: a bad one is found before anything slow is imported
         work.read()
     tokenizer = load_tokenizer(recipe.model)
@@ -196,8 +198,7 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | No
         wrong = _swapped(recipe, manifest)
         own = {str(run_dir / TEACHER / name / MANIFEST) for name in ROWS}
         if wrong and not set(wrong) <= own:  # else a teacher made the same rows anew: they are judged anew
-            remedy = "restore it, or delete the folder to prepare and judge again"
-            raise DataError(f"was made when these were otherwise: {', '.join(wrong[:4])}", str(folder), remedy)
+            raise _otherwise(folder, wrong)
         if not wrong:
             return Prepared(folder, manifest, reused=True, tokenizer=tokenizer)
     if manifest is not None and keep:
@@ -213,6 +214,11 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | No
         raise cannot_write(folder, error) from None
     sweep(work.cache)
     return Prepared(folder, content, reused=False, tokenizer=tokenizer)
+
+
+def _otherwise(folder: Path, wrong: Sequence[str]) -> DataError:
+    remedy = "restore it, or delete the folder to prepare and judge again"
+    return DataError(f"was made when these were otherwise: {', '.join(wrong[:4])}", str(folder), remedy)
 
 
 def _require_rows(recipe: Recipe, folder: Path, work: Work, parts: Sequence[Part]) -> None:
@@ -244,6 +250,12 @@ def _swapped(recipe: Recipe, manifest: dict[str, Any]) -> list[str]:
         return []
     swapped = [before["ref"]] if before != base_state(recipe) else []
     return swapped + changed_papers(manifest.get("lineage", []), recipe)
+
+
+def _moved(recipe: Recipe, manifest: dict[str, Any]) -> bool:
+    """Whether the base has other files, or its branch another commit, than when the data was prepared."""
+    before, now = manifest.get("base", {}), base_state(recipe)
+    return before.get("ref") == now["ref"] and any(before.get(key) != now.get(key) for key in ("sha256", "commit"))
 
 
 def _require_attested(recipe: Recipe, manifest: dict[str, Any], inputs: list[dict[str, Any]]) -> None:

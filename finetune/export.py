@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.prepare import changed_inputs
 from finetune.bom import BOM, bill_of_materials
-from finetune.runs import changed_keys, load_run_recipe
+from finetune.runs import changed_keys, load_run_recipe, require_whole
 from recipes.errors import DataError, GateError, RecipeError
 from recipes.evidence import Asset, to_record
 from recipes.facts import facts
 from recipes.gate import Due, Verdict, examine
-from recipes.lineage import cannot_write, code_state, packages, read_manifest, verify, write_manifest
+from recipes.lineage import cannot_write, code_state, packages, read_manifest, write_manifest
 from recipes.schema import Recipe
+from recipes.student import student_recipe
 from recipes.texts import identify
 
 EXPORT = "export"
@@ -29,7 +31,7 @@ def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> 
         texts: further licence texts, told by their content.
 
     Raises:
-        RecipeError: there is no finished run of this recipe. DataError: its files were changed.
+        RecipeError: there is no finished run of this recipe. DataError: its files, its base or its data were changed.
         GateError: the gate refuses the plan, or a duty is not met; the message says which.
     """
     run = recipe.run_dir
@@ -125,8 +127,10 @@ def _finished(recipe: Recipe, run: Path) -> dict[str, Any]:
     keys = [k for k in changed_keys(trained, recipe) if not k.startswith(("use.", "attest", "eval."))]
     if keys:
         raise RecipeError(f"holds a run of another recipe ({', '.join(keys[:4])})", str(run), "export that recipe")
-    if wrong := verify(run):
-        raise DataError(f"was changed after it was finished: {', '.join(wrong[:4])}", str(run), "train again")
+    require_whole(run)
+    if wrong := changed_inputs(student_recipe(recipe, run), run):
+        remedy = "restore them, or train again"
+        raise DataError(f"was made of files that have changed since: {', '.join(wrong[:4])}", str(run), remedy)
     return manifest
 
 
