@@ -23,7 +23,6 @@ from distill.filters import Candidate, Judged
 from distill.journal import JOURNAL
 from recipes.errors import DataError
 from recipes.evidence import Asset, to_record
-from recipes.gate import Verdict
 from recipes.lineage import (
     MANIFEST,
     cannot_write,
@@ -38,6 +37,7 @@ from recipes.lineage import (
 )
 from recipes.schema import Recipe
 from recipes.student import PROMPT, ROWS, TEACHER, decides
+from recipes.verdict import Verdict
 
 SHARD_ROWS = 50_000
 SHOWN = 20  # samples and rejects that the report shows

@@ -14,11 +14,12 @@ from finetune.runs import changed_keys, load_run_recipe, require_whole
 from recipes.errors import DataError, GateError, RecipeError
 from recipes.evidence import Asset, to_record
 from recipes.facts import facts
-from recipes.gate import Due, Verdict, examine
+from recipes.gate import examine
 from recipes.lineage import cannot_write, code_state, packages, read_manifest, write_manifest
 from recipes.schema import Recipe
 from recipes.student import student_recipe
 from recipes.texts import identify
+from recipes.verdict import Due, Verdict
 
 EXPORT = "export"
 

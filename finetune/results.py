@@ -22,7 +22,6 @@ from finetune.stats import Answer
 from recipes.errors import RecipeError, RetortError
 from recipes.evidence import Asset, from_record, to_record
 from recipes.facts import facts
-from recipes.gate import Verdict
 from recipes.lineage import (
     MANIFEST,
     build_manifest,
@@ -39,6 +38,7 @@ from recipes.lineage import (
 )
 from recipes.schema import Recipe
 from recipes.student import LOGITS, TEACHER
+from recipes.verdict import Verdict
 
 
 def save(recipe: Recipe, trainer: Any, tokenizer: Tokenizer, folder: Path) -> None:

@@ -73,8 +73,8 @@ FAMILIES = {
     "HuggingFaceTB/SmolLM2-1.7B": ("OAOA", None),
     "tencent/Hunyuan-A13B-Instruct": ("OBOB", "5"),
     "LGAI-EXAONE/EXAONE-4.0-32B": ("BBOB", None),
-    "LGAI-EXAONE/EXAONE-Deep-7.8B": ("BBOB", None),
-    "naver-hyperclovax/HyperCLOVAX-SEED-Text-Instruct-1.5B": ("OOOO", None),
+    "LGAI-EXAONE/EXAONE-Deep-7.8B": ("BBBB", None),
+    "naver-hyperclovax/HyperCLOVAX-SEED-Text-Instruct-1.5B": ("RRRR", None),  # what it competes with is unsaid
     "ByteDance-Seed/Seed-OSS-36B-Instruct": ("OAOA", None),
     "xai-org/grok-1": ("OAOA", None),
 }
