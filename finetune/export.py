@@ -10,6 +10,7 @@ from typing import Any
 
 from data_prep.prepare import changed_inputs
 from finetune.bom import BOM, bill_of_materials
+from finetune.card import HandedOver, write_card
 from finetune.runs import changed_keys, load_run_recipe, require_whole
 from recipes.errors import DataError, GateError, RecipeError
 from recipes.evidence import Asset, to_record
@@ -51,7 +52,7 @@ def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> 
             (fresh / "licences").mkdir(exist_ok=True)
             shutil.copyfile(text, fresh / "licences" / f"{licence}.txt")
         (fresh / "NOTICE").write_text(notice(verdict, assets), encoding="utf-8")
-        shutil.copyfile(run / "README.md", fresh / "README.md")
+        write_card(run, None, fresh, HandedOver(_is_merged(run, merged), frozenset(copies)))
         bill = bill_of_materials(manifest, assets, verdict.as_dict())
         (fresh / BOM).write_text(json.dumps(bill, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         content = {
@@ -153,12 +154,16 @@ def licence_copies(assets: Sequence[Asset], more: Sequence[Path]) -> dict[str, P
     return found
 
 
+def _is_merged(run: Path, merged: bool) -> bool:
+    return merged and (run / "adapter").is_dir()
+
+
 def _weights(recipe: Recipe, run: Path, target: Path, merged: bool) -> None:
     source = next(f for f in (run / "adapter", run / "model") if f.is_dir())
     if not merged and recipe.model.merge and source.name == "adapter":
         remedy = "export the whole model: retort export --merged"
         raise RecipeError(f"the adapter sits on {recipe.model.run}, merged, and on nothing else", str(run), remedy)
-    if not merged or source.name == "model":
+    if not _is_merged(run, merged):
         shutil.copytree(source, target, dirs_exist_ok=True)
         return
     from data_prep.tokens import load_tokenizer
