@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.prepare import changed_inputs
+from data_prep.tokens import fetch, load_tokenizer
 from finetune.bom import BOM, bill_of_materials
 from finetune.card import HandedOver, write_card
 from finetune.runs import changed_keys, load_run_recipe, require_whole
@@ -37,7 +38,7 @@ def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> 
         GateError: the gate refuses the plan, or a duty is not met; the message says which.
     """
     run = recipe.run_dir
-    manifest = _finished(recipe, run)
+    manifest = _finished(recipe, run, merged)
     verdict, assets = examine(recipe)
     verdict.require()
     copies = licence_copies(assets, texts)
@@ -122,7 +123,7 @@ def notice(verdict: Verdict, assets: Sequence[Asset]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _finished(recipe: Recipe, run: Path) -> dict[str, Any]:
+def _finished(recipe: Recipe, run: Path, merged: bool) -> dict[str, Any]:
     manifest, trained = read_manifest(run), load_run_recipe(run)
     if manifest is None or trained is None:
         raise RecipeError("holds no finished run", str(run), "train the recipe first")
@@ -130,6 +131,8 @@ def _finished(recipe: Recipe, run: Path) -> dict[str, Any]:
     if keys:
         raise RecipeError(f"holds a run of another recipe ({', '.join(keys[:4])})", str(run), "export that recipe")
     require_whole(run)
+    if merged:
+        fetch(recipe.model.ref, True)  # now, so that a branch that has moved is seen to have moved
     if wrong := changed_inputs(student_recipe(recipe, run), run):
         remedy = "restore them, or train again"
         raise DataError(f"was made of files that have changed since: {', '.join(wrong[:4])}", str(run), remedy)
@@ -166,7 +169,6 @@ def _weights(recipe: Recipe, run: Path, target: Path, merged: bool) -> None:
     if not _is_merged(run, merged):
         shutil.copytree(source, target, dirs_exist_ok=True)
         return
-    from data_prep.tokens import load_tokenizer
     from finetune import results, stages
     from finetune.layout import find_device
 
