@@ -46,7 +46,10 @@ def judge(
     reasons: list[Reason] = []
     dues: list[Due] = []
     for root in assets:
-        for asset, via in root.walk():
+        for node, via in root.walk():
+            # What a teacher was made from speaks through it: its base is judged as a teacher's, not as the student's.
+            speaks = node.role == "base" and root.role in {"teacher", "judge"}
+            asset = replace(node, role=root.role) if speaks else node
             bench = Bench(known, use, student, asset, via)
             _judge_asset(bench)
             names = {asset.name, asset.name.partition("@")[0]}
