@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> 
     """
     run = recipe.run_dir
     manifest = _finished(recipe, run, merged)
+    if recipe.use is None:
+        remedy = "add use: {purpose: ..., distribute: ...}, here or with --set"
+        raise RecipeError("does not say what the model is for, so nothing of it can be handed on", "use", remedy)
     verdict, assets = examine(recipe)
     verdict.require()
     copies = licence_copies(assets, texts)
@@ -53,7 +57,12 @@ def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> 
             (fresh / "licences").mkdir(exist_ok=True)
             shutil.copyfile(text, fresh / "licences" / f"{licence}.txt")
         (fresh / "NOTICE").write_text(notice(verdict, assets), encoding="utf-8")
-        write_card(run, None, fresh, HandedOver(_is_merged(run, merged), frozenset(copies)))
+        write_card(
+            run,
+            {**manifest, "verdict": verdict.as_dict()},
+            fresh,
+            HandedOver(_is_merged(run, merged), frozenset(copies)),
+        )
         bill = bill_of_materials(manifest, assets, verdict.as_dict())
         (fresh / BOM).write_text(json.dumps(bill, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         content = {
@@ -127,10 +136,13 @@ def _finished(recipe: Recipe, run: Path, merged: bool) -> dict[str, Any]:
     manifest, trained = read_manifest(run), load_run_recipe(run)
     if manifest is None or trained is None:
         raise RecipeError("holds no finished run", str(run), "train the recipe first")
-    keys = [k for k in changed_keys(trained, recipe) if not k.startswith(("use.", "attest", "eval."))]
+    keys = [k for k in changed_keys(trained, recipe) if not re.match(r"(?:use|attest|eval)\b", k)]
     if keys:
         raise RecipeError(f"holds a run of another recipe ({', '.join(keys[:4])})", str(run), "export that recipe")
     require_whole(run)
+    if not merged and recipe.model.merge and (run / "adapter").is_dir():
+        remedy = "export the whole model: retort export --merged"
+        raise RecipeError(f"the adapter sits on {recipe.model.run}, merged, and on nothing else", str(run), remedy)
     if merged:
         fetch(recipe.model.ref, True)  # now, so that a branch that has moved is seen to have moved
     if wrong := changed_inputs(student_recipe(recipe, run), run):
@@ -163,9 +175,6 @@ def _is_merged(run: Path, merged: bool) -> bool:
 
 def _weights(recipe: Recipe, run: Path, target: Path, merged: bool) -> None:
     source = next(f for f in (run / "adapter", run / "model") if f.is_dir())
-    if not merged and recipe.model.merge and source.name == "adapter":
-        remedy = "export the whole model: retort export --merged"
-        raise RecipeError(f"the adapter sits on {recipe.model.run}, merged, and on nothing else", str(run), remedy)
     if not _is_merged(run, merged):
         shutil.copytree(source, target, dirs_exist_ok=True)
         return

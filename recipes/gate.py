@@ -19,6 +19,9 @@ from recipes.verdict import NOT_JUDGED, ORDER, Due, Reason, Verdict
 
 FRESH = timedelta(days=365)  # facts older than this allow nothing by themselves
 
+# What is judged where nothing is said: a company's own work, of which nothing leaves it. More only a hand-over needs.
+UNSAID = Use(purpose="internal", distribute=False)
+
 
 def judge(
     assets: Sequence[Asset],
@@ -32,14 +35,14 @@ def judge(
     Args:
         attests: decisions of people; they settle what is unknown or left to review, and a ban only with the hash of an
             agreement.
+        use: None where nothing is said: then only what forbids even a company's own work is told.
         today: for the age of the facts and of the attestations; the present day when None.
     """
     known, today = known or facts(), today or date.today()
     if not assets:
         raise ValueError("there is nothing to judge")
     if use is None:
-        unknown = tuple(a.name for a in assets if not any(c.licence for c in a.claims))
-        return Verdict(NOT_JUDGED, unknown=unknown, as_of=str(known.families.as_of))
+        return _without_use(assets, judge(assets, UNSAID, attests, known, today))
     student = frozenset(
         c.licence for a in assets if a.role == "base" for n, _ in a.walk() for c in n.claims if c.licence
     )
@@ -77,6 +80,16 @@ def judge(
         tuple(a.model_dump(mode="json") for a in attests),
         str(known.families.as_of),
     )
+
+
+def _without_use(assets: Sequence[Asset], strict: Verdict) -> Verdict:
+    """What can be said without knowing the purpose: a clause that was read and forbids even the inner use blocks. The
+    rest is not judged; an export, which hands the model on, asks for `use`."""
+    unknown = tuple(a.name for a in assets if not any(c.licence for c in a.claims))
+    forbidden = [r for r in strict.reasons if r.effect == "block" and (r.asks or not r.unknown)]
+    also = "; or say in `use` what the model is for"  # which no service becomes a base by
+    reasons = tuple(replace(r, remedy=f"{r.remedy}{also}") if r.license and r.remedy else r for r in forbidden)
+    return replace(strict, verdict="block" if reasons else NOT_JUDGED, reasons=reasons, obligations=(), unknown=unknown)
 
 
 def examine(recipe: Recipe) -> tuple[Verdict, tuple[Asset, ...]]:

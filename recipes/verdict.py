@@ -56,7 +56,10 @@ class Due:
 
 @dataclass(frozen=True)
 class Verdict:
-    """allow | allow-with-obligations | review | block | not judged (the recipe has no `use`)."""
+    """allow | allow-with-obligations | review | block | not judged.
+
+    Not judged is what has no `use`, where nothing that was read forbids even a company's own work.
+    """
 
     verdict: str
     reasons: tuple[Reason, ...] = ()

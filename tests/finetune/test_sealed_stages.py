@@ -20,7 +20,7 @@ from finetune import train
 from finetune.export import export
 from finetune.remeasure import WRITTEN, remeasure
 from finetune.runs import require_whole
-from recipes.errors import DataError, EngineError, RetortError
+from recipes.errors import DataError, EngineError, RecipeError, RetortError
 from recipes.lineage import MANIFEST, read_manifest, verify
 from recipes.load import load_recipe
 from recipes.refs import EMBEDDED
@@ -186,3 +186,14 @@ def test_generate_makes_flipped_rows_anew(run: Recipe) -> None:
         stats = generate(recipe, say=lambda _: None)
         assert stats["calls_made"] == 0 and rows.read_bytes() == whole
         assert verify(work / "teacher") == []
+
+
+@pytest.mark.slow
+def test_nothing_is_handed_on_without_saying_what_it_is_for(run: Recipe) -> None:
+    silent = run.model_copy(update={"use": None})
+    with pytest.raises(RecipeError, match="does not say what the model is for"):
+        export(silent, texts=[APACHE])
+    bare = run.run_dir.parent / "bare.yaml"
+    bare.write_text(json.dumps({**json.loads((run.run_dir.parent / "run.yaml").read_text()), "use": None}))
+    told = load_recipe(bare, ["use={purpose: internal, distribute: false}"])
+    assert "Licence verdict: **allow" in (export(told, texts=[APACHE]) / "README.md").read_text()

@@ -71,3 +71,32 @@ def test_every_rule_that_can_allow_names_its_clause() -> None:
         and not rule.clause
     ]
     assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "verdict", "clause"),
+    [
+        ("teacher", "meta-llama/Llama-2-7b-hf", "block", "1.b.v"),
+        (
+            "teacher",
+            "anthropic:claude-sonnet-4",
+            "block",
+            "Usage Policy, Do Not Abuse our Platform; Commercial Terms D.4",
+        ),
+        ("teacher", "openai:gpt-4o", "block", None),
+        ("base", "openai:gpt-4o", "block", None),
+        ("base", "Qwen/Qwen2.5-3B", "block", "1.i, 2"),
+        ("base", "Qwen/Qwen3-8B", "not judged", None),
+        ("base", "meta-llama/Llama-3.1-8B", "not judged", None),  # its questions are of a hand-over
+        ("data", "nobody/knows-these-rows", "not judged", None),
+    ],
+)
+def test_without_use_a_plain_ban_blocks(role: str, name: str, verdict: str, clause: str | None) -> None:
+    found = judge((asset_named(name, role),), None)  # type: ignore[arg-type]
+    assert found.verdict == verdict and found.obligations == ()
+    if verdict == "block":
+        assert clause is None or found.reasons[0].clause == clause
+        asks = str(found.reasons[0].remedy).endswith("or say in `use` what the model is for")
+        assert asks == (found.reasons[0].license is not None)
+    elif role == "data":
+        assert found.unknown == (name,)
