@@ -188,7 +188,9 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | No
         _require_attested(recipe, manifest, inputs)
     if manifest is None:  # rows are read before the tokenizer: a bad one is found before anything slow is imported
         work.read()
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)  # which fetches it, and with it what `main` is now
+    if manifest is not None and (moved := _moved(recipe, manifest)):
+        raise _otherwise(folder, [moved])
     key = fingerprint(recipe, inputs, tokenizer)
     if manifest is not None and manifest.get("fingerprint") == key:
         if wrong := verify(folder):
@@ -196,8 +198,7 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | No
         wrong = _swapped(recipe, manifest)
         own = {str(run_dir / TEACHER / name / MANIFEST) for name in ROWS}
         if wrong and not set(wrong) <= own:  # else a teacher made the same rows anew: they are judged anew
-            remedy = "restore it, or delete the folder to prepare and judge again"
-            raise DataError(f"was made when these were otherwise: {', '.join(wrong[:4])}", str(folder), remedy)
+            raise _otherwise(folder, wrong)
         if not wrong:
             return Prepared(folder, manifest, reused=True, tokenizer=tokenizer)
     if manifest is not None and keep:
@@ -213,6 +214,11 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | No
         raise cannot_write(folder, error) from None
     sweep(work.cache)
     return Prepared(folder, content, reused=False, tokenizer=tokenizer)
+
+
+def _otherwise(folder: Path, wrong: Sequence[str]) -> DataError:
+    remedy = "restore it, or delete the folder to prepare and judge again"
+    return DataError(f"was made when these were otherwise: {', '.join(wrong[:4])}", str(folder), remedy)
 
 
 def _require_rows(recipe: Recipe, folder: Path, work: Work, parts: Sequence[Part]) -> None:
@@ -231,9 +237,9 @@ def changed_inputs(recipe: Recipe, run_dir: Path) -> list[str]:
     manifest = read_manifest(data_dir(run_dir))
     if manifest is None:
         return []
-    before = {(i["role"], i["ref"]): i["sha256"] for i in manifest["inputs"]}
+    before = {(i["role"], i["ref"]): _state(i) for i in manifest["inputs"]}
     now = _inputs(recipe, begin(recipe, run_dir).scans)
-    changed = [i["ref"] for i in now if before.get((i["role"], i["ref"])) != i["sha256"]]
+    changed = [i["ref"] for i in now if before.get((i["role"], i["ref"])) != _state(i)]
     return changed + _swapped(recipe, manifest)
 
 
@@ -242,8 +248,17 @@ def _swapped(recipe: Recipe, manifest: dict[str, Any]) -> list[str]:
     before = manifest.get("base", {})
     if before.get("ref") != str(recipe.model.ref):
         return []
-    swapped = [before["ref"]] if before != base_state(recipe) else []
+    swapped = [_moved(recipe, manifest) or before["ref"]] if before != base_state(recipe) else []
     return swapped + changed_papers(manifest.get("lineage", []), recipe)
+
+
+def _moved(recipe: Recipe, manifest: dict[str, Any]) -> str:
+    """The base, where it has other files, or its branch another commit, than when the data was prepared."""
+    before, now = manifest.get("base", {}), base_state(recipe)
+    if before.get("ref") != now["ref"] or all(before.get(key) == now.get(key) for key in ("sha256", "commit")):
+        return ""
+    moved = f" (commit {before['commit']}, now {now['commit']})" if before.get("commit") and now.get("commit") else ""
+    return f"{now['ref']}{moved}"
 
 
 def _require_attested(recipe: Recipe, manifest: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
@@ -254,7 +269,7 @@ def _require_attested(recipe: Recipe, manifest: dict[str, Any], inputs: list[dic
     """
     earlier = manifest.get("recipe", {}).get("attest") or []
     before, now = (
-        {i["ref"]: i["sha256"] for i in made_of} | {base.get("ref"): base}
+        {i["ref"]: _state(i) for i in made_of} | {base.get("ref"): base}
         for made_of, base in ((manifest["inputs"], manifest.get("base", {})), (inputs, base_state(recipe)))
     )
     for attest in recipe.attest:
@@ -277,14 +292,20 @@ def base_state(recipe: Recipe) -> dict[str, Any]:
 
 
 def _inputs(recipe: Recipe, scans: Sequence[tuple[Role, int, Scan]]) -> list[dict[str, Any]]:
-    """What the data is made of: one entry per source with its hash."""
+    """What the data is made of: one entry per source with its hash, or its commit on the hub."""
     entries = []
     for role, number, found in scans:
         source = _sources(recipe, role)[number]
         licence = "CC0-1.0" if source.embedded is not None else source.license
         kind = {"train": "data"}.get(role, role)
-        entries.append({"role": kind, "ref": str(source), "sha256": found.sha256, "license": licence})
+        at = {"revision": found.commit} if found.commit else {}
+        entries.append({"role": kind, "ref": str(source), "sha256": found.sha256, "license": licence, **at})
     return entries
+
+
+def _state(entry: dict[str, Any]) -> str | None:
+    """What tells a source from a changed one."""
+    return entry["sha256"] or entry.get("revision")
 
 
 def fingerprint(recipe: Recipe, inputs: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
@@ -296,7 +317,7 @@ def fingerprint(recipe: Recipe, inputs: list[dict[str, Any]], tokenizer: Tokeniz
         recipe.seed,
         recipe.teacher.model if recipe.teacher is not None else None,  # its licence was judged with the rows
     ]
-    return sha256_json([3, asked, [(i["ref"], i["sha256"]) for i in inputs], tokenizer.fingerprint])
+    return sha256_json([3, asked, [(i["ref"], _state(i)) for i in inputs], tokenizer.fingerprint])
 
 
 def _sources(recipe: Recipe, role: Role) -> tuple[Source, ...]:

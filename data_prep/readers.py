@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep import documents
 from recipes.errors import DataError, RecipeError
+from recipes.evidence import COMMIT
 from recipes.lineage import sha256_file, sha256_json, sha256_path
 from recipes.schema_data import Passages, Source
 from recipes.tables import KINDS, Part, Record, kind_of, parts_of, records
@@ -40,10 +41,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Scan:
-    """A source looked over: its pieces in order, and the hash of its files (None for a hub dataset)."""
+    """A source looked over: its pieces in order, the hash of its files (None for a hub dataset), and the commit that
+    a hub dataset was read at."""
 
     pieces: tuple[Piece, ...]
     sha256: str | None
+    commit: str | None = None
 
 
 def source_files(source: Source) -> list[Path]:
@@ -164,7 +167,14 @@ def _scan_dataset(source: Source, path: Path | None) -> Scan:
         stop = min(start + DATASET_ROWS, count)
         key = sha256_json([_asked(source), state, start, stop])
         pieces.append(Piece(source, key, start=start, stop=stop, size=(stop - start) * 1000))
-    return Scan(tuple(pieces), digest)
+    return Scan(tuple(pieces), digest, _commit(rows) if path is None else None)
+
+
+def _commit(rows: Any) -> str | None:
+    """The commit of the hub that a dataset was read at: the library keeps its rows in a folder of that name."""
+    folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    found = [name for name in folders if COMMIT.fullmatch(name)]
+    return found[0] if len(found) == len(folders) == 1 else None
 
 
 def read_piece(piece: Piece) -> Iterator[Record]:
@@ -207,6 +217,9 @@ def _dataset(source: Source) -> Any:
             return datasets.load_dataset(ref.name, source.subset, revision=ref.revision, split=split)
         rows = datasets.load_from_disk(str(source.ref.path))
     except Exception as error:  # the library raises many kinds; each means the rows are not to be had
+        if "gated" in str(error):
+            remedy = "accept its terms on its page of the hub, then log in: hf auth login"
+            raise DataError("is gated: its owner gives it to those who ask", str(source), remedy) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"cannot be loaded: {reason}", str(source), "check name, revision, split and network") from None
     if isinstance(rows, datasets.DatasetDict):

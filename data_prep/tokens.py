@@ -51,7 +51,10 @@ def fetch(ref: Ref, weights: bool, place: str = "model.base") -> Path:
     patterns = _MODEL_FILES if weights else _TOKENIZER_FILES
     try:
         return Path(huggingface_hub.snapshot_download(ref.name, revision=ref.revision, allow_patterns=patterns))
-    except Exception as error:  # not found, gated, offline, no such revision: all mean that it is not to be had
+    except huggingface_hub.errors.GatedRepoError:
+        remedy = f"accept its terms on {huggingface_hub.constants.ENDPOINT}/{ref.name}, then log in: hf auth login"
+        raise RecipeError(f"{ref} is gated: its owner gives it to those who ask", place, remedy) from None
+    except Exception as error:  # not found, offline, no such revision: all mean that it is not to be had
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         remedy = "check name, revision, access rights (huggingface-cli login) and network, or give a local folder"
         raise RecipeError(f"{ref} cannot be fetched: {reason}", place, remedy) from None

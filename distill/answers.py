@@ -21,8 +21,8 @@ import numpy as np
 from data_prep.rows import Message, Row
 from distill.filters import Candidate, Judged
 from distill.journal import JOURNAL
+from recipes.errors import DataError
 from recipes.evidence import Asset, to_record
-from recipes.gate import Verdict
 from recipes.lineage import (
     MANIFEST,
     cannot_write,
@@ -31,11 +31,13 @@ from recipes.lineage import (
     read_manifest,
     sha256_file,
     sha256_files,
+    verify,
     write_atomic,
     write_manifest,
 )
 from recipes.schema import Recipe
 from recipes.student import PROMPT, ROWS, TEACHER, decides
+from recipes.verdict import Verdict
 
 SHARD_ROWS = 50_000
 SHOWN = 20  # samples and rejects that the report shows
@@ -140,7 +142,7 @@ def write_rows(
         write_manifest(
             fresh, {"kind": "data", **_made_of(recipe, verdict, assets, prompts), "counts": {"rows": len(rows)}}
         )
-        if _same(read_manifest(target), recipe, sha256_files(fresh)):
+        if _same(target, recipe, sha256_files(fresh)):
             shutil.rmtree(fresh)
             return
         shutil.rmtree(target, ignore_errors=True)
@@ -149,14 +151,19 @@ def write_rows(
         raise cannot_write(target, error) from None
 
 
-def _same(manifest: dict[str, Any] | None, recipe: Recipe, files: dict[str, str]) -> bool:
-    """Whether an artefact that is there was made by this recipe and holds these files."""
+def _same(folder: Path, recipe: Recipe, files: dict[str, str]) -> bool:
+    """Whether an artefact that is there was made by this recipe, and holds these files as they were made."""
     files = {name: digest for name, digest in files.items() if name != MANIFEST}
-    return (
-        manifest is not None
-        and decides(manifest["recipe"]) == decides(recipe.resolved())
-        and manifest.get("files") == files
-    )
+    try:
+        manifest = read_manifest(folder)
+        return (
+            manifest is not None
+            and decides(manifest["recipe"]) == decides(recipe.resolved())
+            and manifest.get("files") == files
+            and not verify(folder)
+        )
+    except DataError:  # its manifest was changed: it is made anew
+        return False
 
 
 def _made_of(recipe: Recipe, verdict: Verdict, assets: Sequence[Asset], prompts: Path) -> dict[str, Any]:
@@ -310,7 +317,7 @@ def finish(
     """The manifest of `teacher/`, last. Journal and stats.json, which tell of each call anew, are not part of it."""
     names = [f"{name}/{p.name}" for name in ROWS for p in sorted((folder / name).glob("*")) if p.is_file()]
     names += [n for n in ("answers.jsonl", "rejected.jsonl", "summary.json") if (folder / n).is_file()]
-    if _same(read_manifest(folder), recipe, sha256_files(folder, names)):
+    if _same(folder, recipe, sha256_files(folder, names)):
         return
     counts = {key: value for key, value in stats.items() if key not in {"calls_made", "from_journal"}}
     write_manifest(folder, {"kind": "teacher", **_made_of(recipe, verdict, assets, prompts), "counts": counts}, names)

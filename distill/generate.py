@@ -31,11 +31,12 @@ from distill.rounds import Asked, Asker, Thread, going_on, student_row
 from distill.teachers import Completion, Teacher, identity_of, open_teacher
 from recipes.errors import EngineError, RecipeError
 from recipes.evidence import Asset
-from recipes.gate import Verdict, examine
+from recipes.gate import examine
 from recipes.presets import resolve
 from recipes.schema import Recipe
 from recipes.schema_teacher import Round
 from recipes.student import PROMPT, ROWS, TEACHER, rows_folder, scored, waits
+from recipes.verdict import Verdict
 
 Say = Callable[[str], None]
 Shard = tuple[int, int]  # (number from 1, of how many)

@@ -12,9 +12,9 @@ from data_prep.prepare import prepare
 from data_prep.tokens import Tokenizer
 from distill.meter import Meter
 from distill.teachers import Completion, Request
-from recipes.gate import Verdict
 from recipes.schema import Recipe
 from recipes.student import LOGITS, scored, student_recipe
+from recipes.verdict import Verdict
 
 if TYPE_CHECKING:
     from distill.generate import Shard, Stage

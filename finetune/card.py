@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from finetune.comparison import GREEDY, compared, headline, student_of
+from finetune.labels import base_license, license_fields
 from finetune.report_lineage import inputs_of
 from finetune.report_method import chain_of, method_facts, method_of, mode_of, rewards_of
 from finetune.report_teacher import taught_by
@@ -33,24 +35,6 @@ from finetune.run_files import (
 from recipes.lineage import version, write_atomic
 from recipes.refs import Ref
 
-# SPDX identifier in lower case, or the licence's own name -> the hub's identifier, where they differ or are the same.
-# Hub list: https://huggingface.co/docs/hub/repositories-licenses
-HUB_LICENSES = {
-    **{
-        name: name
-        for name in ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0")
-    },
-    **{name: name for name in ("cc-by-nc-sa-4.0", "odc-by", "unlicense", "gpl-3.0", "openrail", "gemma")},
-    **{name: name for name in ("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4")},
-    **{
-        "llama-2": "llama2",
-        "llama-3": "llama3",
-        "llama-3.1": "llama3.1",
-        "llama-3.2": "llama3.2",
-        "llama-3.3": "llama3.3",
-    },
-    **{"llama-4": "llama4", "odc-by-1.0": "odc-by", "gpl-3.0-only": "gpl-3.0", "gpl-3.0-or-later": "gpl-3.0"},
-}
 RECIPE = """
 <details>
 <summary>The recipe</summary>
@@ -65,12 +49,23 @@ PLAIN_YAML = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
 YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 
 
-def write_card(run_dir: Path, manifest: dict[str, Any] | None = None) -> Path:
-    """Write README.md, the model card, into a run directory, atomically.
+@dataclass(frozen=True)
+class HandedOver:
+    """How a run's weights lie in an exported folder: at its top, beside the texts of these licences."""
+
+    merged: bool
+    texts: frozenset[str]
+
+
+def write_card(
+    run_dir: Path, manifest: dict[str, Any] | None = None, target: Path | None = None, how: HandedOver | None = None
+) -> Path:
+    """Write README.md, the model card, into a run directory or an exported folder, atomically.
 
     Args:
         run_dir: the run directory; what is missing in it is named in the card.
         manifest: the run's manifest where manifest.json, which is written last, is not there yet.
+        target, how: the exported folder, and what it holds.
 
     Raises:
         DataError: the directory does not exist or holds no recipe.yaml.
@@ -85,27 +80,31 @@ def write_card(run_dir: Path, manifest: dict[str, Any] | None = None) -> Path:
         keep_trailing_newline=True,
     )
     env.filters.update(text=markdown_text, code=markdown_code, fence=markdown_fence)
-    page = env.get_template("card.md.jinja").render(card_view(run))
+    page = env.get_template("card.md.jinja").render(card_view(run, how))
     fence = markdown_fence(run.recipe_text)
     recipe = RECIPE.format(fence=fence, text=run.recipe_text.rstrip())
-    write_atomic(run.path / "README.md", re.sub(r"\n{3,}", "\n\n", page) + recipe)
-    return run.path / "README.md"
+    path = (target or run.path) / "README.md"
+    write_atomic(path, re.sub(r"\n{3,}", "\n\n", page) + recipe)
+    return path
 
 
-def card_view(run: RunFiles) -> dict[str, Any]:
+def card_view(run: RunFiles, how: HandedOver | None = None) -> dict[str, Any]:
     """What the card's template shows."""
     recipe, verdict, metrics = run.recipe, run.manifest.get("verdict"), compared(run.evaluation)
     counts = run.counts
     parameters, chain, method = number(run.preflight.get("total_parameters")), chain_of(run), method_of(run)
     folder = next((f for f in ("adapter", "model") if (run.path / f).is_dir()), "adapter" if run.adapter else "model")
+    merged = how is not None and how.merged
     return {
-        "front": front_matter(run),
+        "front": front_matter(run, how),
+        "merged": merged,
+        "handed": how is not None,
         "name": run.name,
         "finished": bool(run.manifest),
         "base": {"ref": run.base or DASH, "license": base_license(run) or "unknown", **_loading(run.base_ref)},
         "adapter": _adapter_facts(run),
         "kind": adapter_kind(run),
-        "folder": folder,
+        "folder": "." if how is not None else folder,
         "has_tokenizer": (run.path / folder / "tokenizer_config.json").is_file(),
         "quantization": run.quantization,
         "confidence": run.confidence,
@@ -114,7 +113,8 @@ def card_view(run: RunFiles) -> dict[str, Any]:
         "teacher": taught_by(run),
         "rewards": rewards_of(run),
         "chain": chain,
-        "whole": chain is not None and chain.merged and folder == "adapter",  # such an adapter fits no base as it is
+        # An adapter on a merged run fits no base as it is.
+        "whole": chain is not None and chain.merged and folder == "adapter" and not merged,
         "auto": f"AutoModelFor{'SequenceClassification' if method.kind == 'reward' else 'CausalLM'}",
         "chats": dig(recipe, "method", "on") != "text",
         "train": recipe.get("train") if isinstance(recipe.get("train"), dict) else {},
@@ -147,21 +147,26 @@ def card_view(run: RunFiles) -> dict[str, Any]:
 _TOLD = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
 
 
-def front_matter(run: RunFiles) -> str:
+def front_matter(run: RunFiles, how: HandedOver | None = None) -> str:
     """The YAML block, without its fences.
 
     `base_model` and `datasets` take hub identifiers only (the hub refuses others), so an embedded or local one is named
-    in the text and in manifest.json instead.
+    in the text and in manifest.json instead. Weights into which an adapter was merged are a fine-tune of their base;
+    the hub means by a merge one of several models.
     """
+    adapter = bool(run.adapter) and not (how is not None and how.merged)
     tags = ["retort", "distillation" if mode_of(run) else str(dig(run.recipe, "method", "type") or "sft")]
-    tags += list(dict.fromkeys(["lora", adapter_kind(run).lower()])) if run.adapter else ["full-fine-tuning"]
-    fields: dict[str, Any] = {**_license_fields(run)}
+    if adapter:
+        tags += dict.fromkeys(["lora", adapter_kind(run).lower()])
+    elif not run.adapter:
+        tags.append("full-fine-tuning")
+    fields: dict[str, Any] = {**license_fields(run, how.texts if how is not None else ())}
     if run.base_ref is not None and run.base_ref.kind == "hub":
-        fields |= {"base_model": run.base_ref.name, "base_model_relation": "adapter" if run.adapter else "finetune"}
+        fields |= {"base_model": run.base_ref.name, "base_model_relation": "adapter" if adapter else "finetune"}
     if datasets := _hub_datasets(run.recipe):
         fields["datasets"] = datasets
     fields |= {
-        "library_name": "peft" if run.adapter else "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-classification" if method_of(run).kind == "reward" else "text-generation",
         "tags": tags,
     }
@@ -180,28 +185,6 @@ def _adapter_facts(run: RunFiles) -> dict[str, Any]:
     }
     told = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in told.items()}
     return {**told, "alpha": f"{lora_alpha(run):g}"} if lora_alpha(run) is not None else told
-
-
-def _license_fields(run: RunFiles) -> dict[str, str]:
-    """The tuned weights are a derivative of the base model, so they carry its licence."""
-    named = base_license(run)
-    if not named:
-        return {"license": "unknown"}
-    known = HUB_LICENSES.get(named.lower())
-    if known:
-        return {"license": known}
-    slug = re.sub(r"[^a-z0-9.]+", "-", named.lower()).strip("-") or "custom"
-    if (run.path / "LICENSE").is_file():
-        link = "LICENSE"
-    else:
-        ref = run.base_ref
-        link = f"https://huggingface.co/{ref.name}" if ref is not None and ref.kind == "hub" else ""
-    return {"license": "other", "license_name": slug, **({"license_link": link} if link else {})}
-
-
-def base_license(run: RunFiles) -> str:
-    base = next((item for item in run.inputs if item.get("role") == "base"), {})
-    return str(base.get("license") or "")
 
 
 def _loading(ref: Ref | None) -> dict[str, str]:

@@ -186,15 +186,16 @@ def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 def save_answers(path: Path, answers: Sequence[Answer], key: str) -> None:
     """Keep a measurement on disk, under the key of what was measured."""
-    lines = [json.dumps({"key": key}), *(json.dumps(asdict(a), ensure_ascii=False) for a in answers)]
-    write_atomic(path, "\n".join(lines) + "\n")
+    lines = [json.dumps(asdict(a), ensure_ascii=False) for a in answers]
+    write_atomic(path, "\n".join([json.dumps({"key": key, "sha256": sha256_json(lines)}), *lines]) + "\n")
 
 
 def load_answers(path: Path, key: str) -> list[Answer] | None:
-    """A measurement that an interrupted attempt already made, or None where there is none of the same thing."""
+    """A measurement that an interrupted attempt already made, or None where there is none of the same thing, or it is
+    not as it was written."""
     try:
         head, *lines = path.read_text(encoding="utf-8").strip("\n").split("\n")  # splitlines also cuts at U+2028
-        if json.loads(head) != {"key": key}:
+        if json.loads(head) != {"key": key, "sha256": sha256_json(lines)}:
             return None
         return [Answer(**json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError):

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.prepare import changed_inputs
+from data_prep.tokens import fetch, load_tokenizer
 from finetune.bom import BOM, bill_of_materials
-from finetune.runs import changed_keys, load_run_recipe
+from finetune.card import HandedOver, write_card
+from finetune.runs import changed_keys, load_run_recipe, require_whole
 from recipes.errors import DataError, GateError, RecipeError
 from recipes.evidence import Asset, to_record
 from recipes.facts import facts
-from recipes.gate import Due, Verdict, examine
-from recipes.lineage import cannot_write, code_state, packages, read_manifest, verify, write_manifest
+from recipes.gate import examine
+from recipes.lineage import cannot_write, code_state, packages, read_manifest, write_manifest
 from recipes.schema import Recipe
+from recipes.student import student_recipe
 from recipes.texts import identify
+from recipes.verdict import Due, Verdict
 
 EXPORT = "export"
 
@@ -29,11 +35,14 @@ def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> 
         texts: further licence texts, told by their content.
 
     Raises:
-        RecipeError: there is no finished run of this recipe. DataError: its files were changed.
+        RecipeError: there is no finished run of this recipe. DataError: its files, its base or its data were changed.
         GateError: the gate refuses the plan, or a duty is not met; the message says which.
     """
     run = recipe.run_dir
-    manifest = _finished(recipe, run)
+    manifest = _finished(recipe, run, merged)
+    if recipe.use is None:
+        remedy = "add use: {purpose: ..., distribute: ...}, here or with --set"
+        raise RecipeError("does not say what the model is for, so nothing of it can be handed on", "use", remedy)
     verdict, assets = examine(recipe)
     verdict.require()
     copies = licence_copies(assets, texts)
@@ -48,7 +57,12 @@ def export(recipe: Recipe, merged: bool = False, texts: Sequence[Path] = ()) -> 
             (fresh / "licences").mkdir(exist_ok=True)
             shutil.copyfile(text, fresh / "licences" / f"{licence}.txt")
         (fresh / "NOTICE").write_text(notice(verdict, assets), encoding="utf-8")
-        shutil.copyfile(run / "README.md", fresh / "README.md")
+        write_card(
+            run,
+            {**manifest, "verdict": verdict.as_dict()},
+            fresh,
+            HandedOver(_is_merged(run, merged), frozenset(copies)),
+        )
         bill = bill_of_materials(manifest, assets, verdict.as_dict())
         (fresh / BOM).write_text(json.dumps(bill, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         content = {
@@ -118,15 +132,22 @@ def notice(verdict: Verdict, assets: Sequence[Asset]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _finished(recipe: Recipe, run: Path) -> dict[str, Any]:
+def _finished(recipe: Recipe, run: Path, merged: bool) -> dict[str, Any]:
     manifest, trained = read_manifest(run), load_run_recipe(run)
     if manifest is None or trained is None:
         raise RecipeError("holds no finished run", str(run), "train the recipe first")
-    keys = [k for k in changed_keys(trained, recipe) if not k.startswith(("use.", "attest", "eval."))]
+    keys = [k for k in changed_keys(trained, recipe) if not re.match(r"(?:use|attest|eval)\b", k)]
     if keys:
         raise RecipeError(f"holds a run of another recipe ({', '.join(keys[:4])})", str(run), "export that recipe")
-    if wrong := verify(run):
-        raise DataError(f"was changed after it was finished: {', '.join(wrong[:4])}", str(run), "train again")
+    require_whole(run)
+    if not merged and recipe.model.merge and (run / "adapter").is_dir():
+        remedy = "export the whole model: retort export --merged"
+        raise RecipeError(f"the adapter sits on {recipe.model.run}, merged, and on nothing else", str(run), remedy)
+    if merged:
+        fetch(recipe.model.ref, True)  # now, so that a branch that has moved is seen to have moved
+    if wrong := changed_inputs(student_recipe(recipe, run), run):
+        remedy = "restore them, or train again"
+        raise DataError(f"was made of files that have changed since: {', '.join(wrong[:4])}", str(run), remedy)
     return manifest
 
 
@@ -148,15 +169,15 @@ def licence_copies(assets: Sequence[Asset], more: Sequence[Path]) -> dict[str, P
     return found
 
 
+def _is_merged(run: Path, merged: bool) -> bool:
+    return merged and (run / "adapter").is_dir()
+
+
 def _weights(recipe: Recipe, run: Path, target: Path, merged: bool) -> None:
     source = next(f for f in (run / "adapter", run / "model") if f.is_dir())
-    if not merged and recipe.model.merge and source.name == "adapter":
-        remedy = "export the whole model: retort export --merged"
-        raise RecipeError(f"the adapter sits on {recipe.model.run}, merged, and on nothing else", str(run), remedy)
-    if not merged or source.name == "model":
+    if not _is_merged(run, merged):
         shutil.copytree(source, target, dirs_exist_ok=True)
         return
-    from data_prep.tokens import load_tokenizer
     from finetune import results, stages
     from finetune.layout import find_device
 

@@ -7,12 +7,15 @@ from data_prep.held_out import choose_rows
 from data_prep.prepare import prepare
 from finetune import results, stages
 from finetune.layout import find_device
-from finetune.runs import changed_keys, load_run_recipe, say
+from finetune.runs import PAPERS, changed_keys, load_run_recipe, require_whole, say
 from recipes.errors import RecipeError
 from recipes.gate import check
-from recipes.lineage import SEAL, read_manifest, verify
+from recipes.lineage import SEAL, read_manifest
 from recipes.schema import Recipe
 from recipes.student import student_recipe
+
+# What is written here and then sealed anew; a measurement that was interrupted may have left it half done.
+WRITTEN = {"eval.json", "samples.jsonl", *PAPERS}
 
 
 def remeasure(recipe: Recipe) -> None:
@@ -32,8 +35,7 @@ def remeasure(recipe: Recipe) -> None:
         raise RecipeError(
             f"holds a run of another recipe ({', '.join(changed[:4])})", str(folder), "change nothing but eval"
         )
-    if wrong := [n for n in verify(folder) if n.startswith(("adapter/", "model/"))]:
-        raise RecipeError(f"trained weights differ from the manifest ({', '.join(wrong)})", str(folder), "train again")
+    require_whole(folder, WRITTEN)
     recipe = student_recipe(recipe, folder)
     prepared = prepare(recipe, folder, keep=True)
     held_out = read_rows(prepared.folder, "eval")

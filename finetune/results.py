@@ -17,12 +17,11 @@ from finetune import distributed, evals
 from finetune.bom import BOM, bill_of_materials
 from finetune.layout import Device, Layout
 from finetune.models import model_class
-from finetune.runs import is_main, say
+from finetune.runs import PAPERS, is_main, say
 from finetune.stats import Answer
 from recipes.errors import RecipeError, RetortError
 from recipes.evidence import Asset, from_record, to_record
 from recipes.facts import facts
-from recipes.gate import Verdict
 from recipes.lineage import (
     MANIFEST,
     build_manifest,
@@ -39,6 +38,7 @@ from recipes.lineage import (
 )
 from recipes.schema import Recipe
 from recipes.student import LOGITS, TEACHER
+from recipes.verdict import Verdict
 
 
 def save(recipe: Recipe, trainer: Any, tokenizer: Tokenizer, folder: Path) -> None:
@@ -201,14 +201,14 @@ def _result_files(folder: Path) -> list[str]:
         "completions.jsonl",
         "eval.json",
         "samples.jsonl",
-        BOM,
     )
-    names = [n for n in (*single, "data.html", "report.html", "README.md") if (folder / n).is_file()]
+    names = [n for n in (*single, *PAPERS) if (folder / n).is_file()]
     for part in ("adapter", "model", "data"):
         if (folder / part).is_dir():
             names += [f"{part}/{n}" for n in sha256_files(folder / part)]
-    # What the teacher left is proved by manifests of its own.
-    names += [name for name in (f"{TEACHER}/{MANIFEST}", f"{LOGITS}/{MANIFEST}") if (folder / name).is_file()]
+    # What the teacher left is proved by manifests of its own; which they are is said here, and of the data as well.
+    own = (f"data/{MANIFEST}", f"{TEACHER}/{MANIFEST}", f"{LOGITS}/{MANIFEST}")
+    names += [name for name in own if (folder / name).is_file()]
     if not any(n.startswith(("adapter/", "model/")) for n in names):
         raise RetortError("holds no trained weights", str(folder), "run the recipe again")
     return names

@@ -17,8 +17,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from recipes.errors import DataError
-from recipes.gate import Due
 from recipes.refs import Ref, parse_ref
+from recipes.verdict import Due
 
 DASH = "–"
 

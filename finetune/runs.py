@@ -7,14 +7,15 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.prepare import changed_inputs
 from finetune.distributed import first, rank
-from recipes.errors import RecipeError
-from recipes.lineage import MANIFEST, read_manifest, read_object, write_atomic
+from recipes.errors import DataError, RecipeError
+from recipes.lineage import MANIFEST, read_manifest, read_object, verify, write_atomic
 from recipes.load import difference, load_recipe
 from recipes.locks import hold
 from recipes.schema import Recipe
@@ -36,6 +37,7 @@ _WRITTEN_BY_TRAIN = (
     "samples.jsonl",
     "base_answers.jsonl",
 )
+PAPERS = ("bom.cdx.json", "data.html", "report.html", "README.md")  # of a finished run; made from its other files
 
 
 @dataclass
@@ -139,6 +141,20 @@ def make_room(recipe: Recipe) -> list[str]:
         return notes
     _move_aside(folder, _lock(folder), notes).close()
     return notes
+
+
+def require_whole(folder: Path, but: Container[str] = ()) -> None:
+    """Refuse a finished run that is no longer as its manifest says.
+
+    Args:
+        but: files that are about to be written anew.
+
+    Raises:
+        DataError: files were changed, removed or added.
+    """
+    if read_manifest(folder) is not None and (wrong := [name for name in verify(folder) if name not in but]):
+        remedy = "restore them, or train again"
+        raise DataError(f"was changed after it was finished: {', '.join(wrong[:4])}", str(folder), remedy)
 
 
 def is_finished(recipe: Recipe) -> bool:

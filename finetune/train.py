@@ -15,11 +15,12 @@ from finetune import distributed
 from finetune.runs import is_main, open_run, say
 from recipes.errors import MemoryFitError, RetortError, out_of_memory
 from recipes.evidence import Asset
-from recipes.gate import Verdict, examine
+from recipes.gate import examine
 from recipes.load import load_recipe
 from recipes.quiet import opt_out
 from recipes.schema import Recipe
 from recipes.student import require_taught, student_recipe
+from recipes.verdict import Verdict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

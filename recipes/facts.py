@@ -81,6 +81,15 @@ class Limit(Statement):
     purpose: Literal["any", "commercial"] = "commercial"
 
 
+class Agreement(Statement):
+    """A use that needs the steward's agreement. It needs it where all that is named here is true of it."""
+
+    purpose: Literal["any", "commercial"] = "commercial"
+    distribution: bool = False  # the model or a derivative goes to others
+    rivals: bool = False  # it competes with what the steward offers
+    hosting: bool = False  # others are served from it; `use` does not say so of a model that is distributed
+
+
 class Territory(Statement):
     deny: tuple[Text, ...]  # ISO codes, or EU
     scope: Literal["all", "multimodal"] = "all"
@@ -108,6 +117,7 @@ class Licence(Fact):
     outputs: OutputsRule
     commercial: Commercial
     derivatives: Literal["allowed", "private"] = "allowed"  # private: adaptations may not be shared
+    agreements: tuple[Agreement, ...] = ()
     limits: tuple[Limit, ...] = ()
     territories: tuple[Territory, ...] = ()
     obligations: tuple[Obligation, ...] = ()

@@ -18,6 +18,18 @@ from recipes.errors import DataError, RetortError
 
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
+# What is put beside a finished artefact, or lies there from the work on it, by kind: folders with manifests or seals of
+# their own, logs, what a signature adds. Anything else that the manifest does not name does not belong there.
+SIGNATURE = "model.sig"
+BESIDE = {
+    "run": {
+        *("state.json", "stopped.json", "base_answers.jsonl", "checkpoints", "data.html", "logs", "wandb"),
+        *("export", "export.new", "prompts", "teacher", "logits"),
+    },
+    "teacher": {"journal", "identity.json", "sessions.jsonl", "stats.json", "rejected.jsonl", "student"},
+    "export": {SIGNATURE},
+    "model": {SIGNATURE},
+}
 PACKAGES = (
     "torch",
     "transformers",
@@ -145,7 +157,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> list[str]:
-    """Recompute the hashes of an artefact. Returns the names of files that are missing or differ (empty: intact).
+    """Recompute the hashes of an artefact. Returns the names of files that are missing, differ, or were added to it
+    (empty: intact). Files whose names begin with a dot are nobody's.
 
     Raises:
         DataError: the folder has no manifest.
@@ -163,7 +176,18 @@ def verify(folder: Path) -> list[str]:
         path = folder / name
         if not path.is_file() or sha256_file(path) != expected:
             wrong.append(name)
-    return wrong
+    return wrong + (_added(folder, manifest) if "retort_version" in manifest else [])
+
+
+def _added(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Files of an artefact of ours that its manifest does not name."""
+    files, beside = manifest.get("files", {}), BESIDE.get(str(manifest.get("kind")), set())
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and path.name != MANIFEST and not (parts[0] in beside or any(p[0] == "." for p in parts)):
+            found.append("/".join(parts))
+    return [name for name in found if name not in files]
 
 
 def version() -> str:

@@ -315,7 +315,9 @@ class Recipe(Section):
     description: str = Field("", description="a sentence for people; shown in report and card")
     output: Text | None = Field(None, description="run directory, when not runs/<name>")
     seed: Annotated[Int, Field(ge=0, lt=2**31)] = Field(42, description="of splits, order, initialisation, draws")
-    use: Use | None = Field(None, description="what the model is for; without it the licences are not judged")
+    use: Use | None = Field(
+        None, description="what the model is for; without it only a plain ban is told, and nothing can be exported"
+    )
     attest: tuple[Attest, ...] = Field((), description="decisions of people on licences; not from the command line")
     model: Model
     adapter: Adapter | None = Field(default_factory=Adapter, description="null: full fine-tuning")

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import DataError, RetortError
-
-SIGNATURE = "model.sig"
+from recipes.lineage import SIGNATURE
 
 
 def sign(folder: Path, key: Path) -> Path:

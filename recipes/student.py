@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import EngineError, RecipeError
-from recipes.lineage import read_manifest
+from recipes.lineage import read_manifest, verify
 from recipes.schema import Recipe
 from recipes.schema_data import Source
 from recipes.schema_method import SFT, Method
@@ -81,6 +81,8 @@ def require_taught(recipe: Recipe) -> None:
     made = read_manifest(folder)
     if made is None:
         raise EngineError("holds no finished work of the teacher", str(folder), command)
+    if wrong := verify(folder):
+        raise EngineError(f"was changed after it was made: {', '.join(wrong[:4])}", str(folder), command)
     before, now = decides(made.get("recipe", {})), decides(recipe.resolved())
     if changed := sorted(key for key in now if before.get(key) != now[key]):
         raise EngineError(f"was made by another recipe ({', '.join(changed[:4])} changed)", str(folder), command)

@@ -217,8 +217,10 @@ def export(
 def report(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
     """Write report.html and the model card of a run again."""
     from finetune.report import write_card, write_report
+    from finetune.runs import require_whole
     from recipes.lineage import refresh
 
+    require_whole(run_dir, ("report.html", "README.md"))
     written = [write_report(run_dir), write_card(run_dir)]
     refresh(run_dir, [path.name for path in written])
     print(*written, sep="\n")
@@ -348,13 +350,16 @@ def licenses(
 @app.command()
 @_one_line
 def verify(folder: Annotated[Path, typer.Argument(help="a run or data directory", show_default=False)]) -> None:
-    """Recompute the hashes in an artefact's manifest."""
+    """Recompute the hashes in an artefact's manifest, and look for files that it does not name."""
     from recipes.errors import DataError
     from recipes.lineage import verify as verify_folder
 
     if wrong := verify_folder(folder):
-        raise DataError(f"{len(wrong)} files differ from the manifest: {', '.join(wrong[:5])}", str(folder))
-    print(f"{folder}: every file is as the manifest says")
+        says = (
+            f"{len(wrong)} files were changed, removed or added since the manifest was written: {', '.join(wrong[:5])}"
+        )
+        raise DataError(says, str(folder), "restore them, take out what was added, or make the artefact again")
+    print(f"{folder}: every file is as the manifest says, and there is none besides")
 
 
 @app.command()

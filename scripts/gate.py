@@ -12,11 +12,12 @@ from pydantic import ValidationError
 from recipes.errors import RecipeError
 from recipes.evidence import Asset, Role
 from recipes.facts import Licence, Statement, facts
-from recipes.gate import Verdict, examine, judge
+from recipes.gate import examine, judge
 from recipes.lineage import write_atomic
 from recipes.load import load_recipe
 from recipes.schema import Use
 from recipes.sources import asset_named
+from recipes.verdict import Verdict
 
 
 def asked(
@@ -102,6 +103,8 @@ def _explain(licence: Licence) -> list[str]:
 
     line(f"training on outputs: {licence.outputs.rule}", licence.outputs)
     line(f"commercial use: {licence.commercial.rule}", licence.commercial)
+    for agreement in licence.agreements:
+        line("needs an agreement", agreement)
     for limit in licence.limits:
         line(f"above {limit.above:,.0f} {limit.measure}: {limit.effect}", limit)
     for territory in licence.territories:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -164,6 +166,11 @@ def test_export_with_its_papers_and_what_it_refuses(plan: tuple[Path, Path, dict
 
     merged = run_cli("export", str(recipe), "--merged", *text, cwd=tmp_path)
     assert merged.returncode == 0 and (run / "export" / "model.safetensors").is_file(), merged.stderr
+    card = (run / "export" / "README.md").read_text()
+    assert "library_name: transformers" in card and "lora" not in card.split("---")[1]
+    (tmp_path / "snippet.py").write_text(card.split("```python\n")[1].split("```")[0])
+    shown = [sys.executable, str(tmp_path / "snippet.py")]
+    assert subprocess.run(shown, cwd=run / "export", timeout=100).returncode == 0
 
     for seed, name in enumerate(
         ["adapter/adapter_model.safetensors", "manifest.json", "README.md", "data/train-00000.parquet"]

@@ -97,12 +97,15 @@ def told(run_dir: Path, run_id: str, stage: str) -> SimpleNamespace:
 
 @pytest.mark.slow
 def test_a_run_is_told_stage_by_stage_in_one_group_and_no_file_holds_a_secret(
-    make_recipe: Callable[..., Path], tmp_path: Path
+    make_recipe: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     train = {"tokens_per_step": 512, "seq_len": 128, "learning_rate": 5e-3, "max_steps": 4, "device": "cpu"}
     recipe = make_recipe(
         track={"wandb": {"project": "retort-test", "tags": ["one"], "mode": "offline"}},
         train={**train, "eval_every": 0.5},
+        use={"purpose": "internal", "distribute": False},
+        model={"base": str(tiny_model), "license": "apache-2.0"},
+        data={"train": [{"path": str(tmp_path / "rows.jsonl"), "license": "own"}], "eval": {"fraction": 0.2}},
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | FAKE
     done = run_train(recipe, env=env)
@@ -135,7 +138,7 @@ def test_a_run_is_told_stage_by_stage_in_one_group_and_no_file_holds_a_secret(
     assert trained.summary["memory/longest_batch_bytes"] == probe["probe"]["peak_memory_bytes"] > 0
     funnel = {"data/rows_in": 64, "data/rows_out": 64, "data/train_rows": 52, "data/eval_rows": 12}
     assert funnel.items() <= prepare.summary.items() and funnel.items() <= trained.summary.items()
-    assert prepare.summary["gate/verdict"] == trained.summary["gate/verdict"] == "not judged"
+    assert prepare.summary["gate/verdict"] == trained.summary["gate/verdict"] == "allow"
     stray = {n for n in trained.summary if "/" in n and n != "_wandb/runtime"} - {
         name for line in trained.history for name in line
     }

@@ -228,7 +228,7 @@ def recipe(
     ],
 )
 def test_pairs_of_teacher_and_student(tmp_path: Path, base: str, teacher: str, name: str, verdict: str) -> None:
-    plan = recipe(tmp_path, base, teacher, f"purpose: commercial, distribute: true, name: {name}")
+    plan = recipe(tmp_path, base, teacher, f"purpose: commercial, distribute: true, name: {name}, competes_with: []")
     made = judge(recipe_assets(plan), plan.use, plan.attest)
     assert made.verdict == verdict, [r.sentence() for r in made.reasons]
     if name == "acme-med":  # trained it may be; given to others under this name not
