@@ -21,6 +21,8 @@ DPOLoss = Literal[
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
 ]  # fmt: skip
+# Losses that can be told which share of the labels is wrong.
+SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired")
 GRPOLoss = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo", "vespo"]
 
 
@@ -58,7 +60,9 @@ class DPO(_Method):
     )
     beta: Positive = Field(0.1, description="strength of the pull towards the reference; 0.01 to 0.5 are usual")
     label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="share of pairs whose labels are taken to be wrong (cDPO, robust DPO, EXO)"
+        0.0,
+        description="share of pairs whose labels are taken to be wrong; sigmoid becomes cDPO. Also for sigmoid_norm, "
+        "robust, exo_pair, aot, aot_unpaired",
     )
     reference_free: Bool = Field(False, description="compare with a uniform reference instead of the model's start")
     length_desensitised: Annotated[Float, Field(ge=0, le=1)] | None = Field(
@@ -76,6 +80,9 @@ class DPO(_Method):
     def _smoothed(self) -> Self:
         if "exo_pair" in self.loss and not self.label_smoothing:
             raise ValueError("the loss exo_pair needs label_smoothing above 0; its authors use 1e-3")
+        compared: list[str] = [name for name in self.loss if name != "sft"]
+        if self.label_smoothing and (without := [name for name in compared or ["sft"] if name not in SMOOTHED]):
+            raise ValueError(f"the loss {without[0]} has no label_smoothing; {', '.join(SMOOTHED)} have")
         if self.reference_free and self.length_desensitised is not None:
             raise ValueError("length_desensitised weighs the reference's tokens too: leave reference_free out")
         return self
