@@ -160,7 +160,9 @@ class Best(Section):
 class Guards(Section):
     """What stops a run, with a checkpoint and a diagnosis. null switches a guard off; NaN always stops."""
 
-    kl: Annotated[Float, Field(gt=0)] | None = Field(10.0, description="mean KL to the start per token, in nats (GRPO)")
+    kl: Annotated[Float, Field(gt=0)] | None = Field(
+        10.0, description="mean KL to the start per token, in nats (GRPO with beta above 0, KTO)"
+    )
     length: Annotated[Float, Field(gt=1)] | None = Field(
         4.0, description="completions this many times as long as at the start and half of them cut (GRPO)"
     )
@@ -168,7 +170,8 @@ class Guards(Section):
         0.02, description="entropy of the completions down to this share of the start's (GRPO)"
     )
     chosen_falls: Annotated[Float, Field(gt=0)] | None = Field(
-        100.0, description="log-probability of chosen answers this far below the start's, in nats (DPO, KTO)"
+        2.0,
+        description="log-probability of chosen answers this far below the start's, in nats per token (DPO, KTO, ORPO)",
     )
     window: Count = Field(10, description="log lines in a row for which it must hold")
 
