@@ -111,7 +111,7 @@ def build_dpo(job: Job) -> Any:
 
         def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
             counts = [_answers_of(batch["completion_mask"])[0].sum() for batch in batch_samples]
-            self.imitated = tokens_per_forward(self.accelerator, counts, device)
+            self.imitated = mean_per_forward(self.accelerator, counts, device)
             return None
 
         def _compute_loss(self, model: Any, inputs: Row, return_outputs: bool) -> Any:
@@ -175,7 +175,7 @@ def _weighed_sum(logps: torch.Tensor, mask: torch.Tensor, other: torch.Tensor, b
     return (logps * torch.where(late, beyond, 1.0)).sum(1)
 
 
-def tokens_per_forward(accelerator: Any, counts: list[torch.Tensor], device: Any) -> float:
+def mean_per_forward(accelerator: Any, counts: list[torch.Tensor], device: Any) -> float:
     """What a sum over one forward is divided by to make the mean over an optimiser step's tokens on all processes: from
     the counts of the forwards of this process."""
     total = accelerator.gather(torch.stack(counts).sum().to(device)).sum()
@@ -324,7 +324,7 @@ def build_orpo(job: Job) -> Any:
 
         def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
             counts = [_imitated(batch, key).sum() for batch in batch_samples]
-            self.imitated = tokens_per_forward(self.accelerator, counts, device)
+            self.imitated = mean_per_forward(self.accelerator, counts, device)
             return None
 
         def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> Any:
