@@ -174,6 +174,50 @@ def test_rewards_are_shown_and_a_flat_reward_is_refused(make: Callable[..., Path
             sample_rewards(load_recipe(path, [f"method.rewards={rewards}"]), show=0)
 
 
+def found_with(**columns: tuple[float | None, list[float]]) -> dict[str, Any]:
+    """What the check finds of 8 groups of 4 completions, from a weight and the first values of each reward; the others
+    are like the last one."""
+    spreads = {}
+    for name, (weight, made) in columns.items():
+        values = [*made, *made[-1:] * (32 - len(made))]
+        spreads[name] = {"weight": weight, "flat": reward_check._flat_share(values, 4), **reward_check._spread(values)}
+    more = {"groups": 8, "generations": 4, "completion_length": 5.0, "truncated_share": 0.0, "engine": "plain"}
+    return {**more, "zero_variance_groups": spreads["sum"]["flat"], "rewards": spreads, "seconds": {"plain": 1.0}}
+
+
+VARIES = [-0.1, -0.2] * 16
+
+
+def test_a_reward_that_counts_most_and_tells_nothing_apart_is_refused() -> None:
+    """Of 8 groups all must be flat; that leaves room for 31% of prompts that are not: 0.69 ** 8 = 0.05."""
+    never = found_with(math=(1.0, [0.0]), length=(0.5, VARIES), sum=(None, VARIES))
+    with pytest.raises(RetortError) as caught:
+        reward_check.require_signal(never, "here")
+    assert "the reward of the highest weight, math, tells no two completions of a group apart" in str(caught.value)
+    assert "(8 of 8 groups without a difference; up to 31% of the prompts may" in str(caught.value)
+    assert "only the lighter rewards would be learned" in str(caught.value) and "beyond this base" in str(caught.value)
+    always = found_with(math=(1.0, [1.0]), length=(0.5, VARIES), sum=(None, VARIES))
+    with pytest.raises(RetortError, match="too easy"):
+        reward_check.require_signal(always, "here")
+    flat = found_with(math=(1.0, [0.0]), length=(0.5, [0.0]), sum=(None, [0.0]))
+    with pytest.raises(RetortError, match=r"every completion gets the reward 0 \(8 of 8 groups"):
+        reward_check.require_signal(flat, "here")
+
+
+def test_a_reward_that_tells_nothing_apart_beside_one_that_does_is_named() -> None:
+    once = [1.0, 0.0, 0.0, 0.0, 0.0]
+    for found, named in (
+        (found_with(math=(1.0, [0.0]), think=(1.0, VARIES), sum=(None, VARIES)), ["math"]),
+        (found_with(math=(1.0, VARIES), think=(0.3, [0.0]), seen=(0.0, [0.0]), sum=(None, VARIES)), ["think"]),
+        (found_with(math=(1.0, once), sum=(None, once)), []),
+    ):
+        reward_check.require_signal(found, "here")
+        lines = [line for line in reward_check.describe(found) if "teaches nothing" in line]
+        assert [line.split()[3] for line in lines] == named
+    lines = reward_check.describe(found_with(math=(1.0, once), sum=(None, once)))
+    assert "  LOOK: only 12% of the groups teach anything; easier prompts would waste less" in lines
+
+
 def test_what_the_check_counts_is_what_the_completions_earn(make: Callable[..., Path]) -> None:
     found = built(make())
     model, rows, tokenizer = found.trainer.model, found.rows, found.tokenizer
@@ -184,6 +228,8 @@ def test_what_the_check_counts_is_what_the_completions_earn(make: Callable[..., 
     values = check["rewards"]
     assert sum(n for _, n in values["regex"]["counts"]) == 16 and -1 <= values["length"]["mean"] < 0
     assert values["sum"]["mean"] == pytest.approx(values["regex"]["mean"] + 0.5 * values["length"]["mean"])
+    assert values["sum"]["flat"] == check["zero_variance_groups"]
+    assert [values[name]["weight"] for name in ("regex", "length", "sum")] == [1.0, 0.5, None]
     again = reward_check.check_rewards(found.recipe, model, tokenizer, rows, "plain")
     assert again["samples"] == check["samples"], "the check has draws of its own, from the seed"
 
