@@ -381,6 +381,11 @@ class Recipe(Section):
             raise ValueError(
                 "a quantised base cannot be trained whole: set model.quantization to none, or give an adapter"
             )
+        by_vllm = getattr(self.method, "engine", None) == "vllm" or getattr(self.method, "vllm", None) is not None
+        if by_vllm and self.model.quantization == "nf4":
+            # It is handed the adapter merged into the base, which rounds the base anew before every generation: logits
+            # had moved by 0.28 after one, and the policy that learns is no longer the one that the adapter fits.
+            raise ValueError("vLLM cannot take over an adapter on nf4: set model.quantization: none, or leave vLLM out")
         if self.adapter is not None and self.adapter.init in {"pissa", "olora"} and self.model.quantization != "none":
             raise ValueError(
                 f"adapter.init {self.adapter.init} needs unquantised weights: set model.quantization to none"

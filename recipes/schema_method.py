@@ -155,7 +155,9 @@ class GRPO(_Method):
     epsilon: Annotated[Float, Field(gt=0, lt=1)] = Field(0.2, description="lower clipping of the probability ratio")
     epsilon_high: Positive | None = Field(None, description="upper clipping (DAPO: 0.28); null: as epsilon")
     delta: Positive | None = Field(None, description="second upper limit of the ratio (two-sided clipping)")
-    importance_sampling: Literal["token", "sequence"] = Field("token", description="level of the ratio; GSPO: sequence")
+    importance_sampling: Literal["token", "sequence"] = Field(
+        "token", description="level of the ratio; GSPO: sequence, loss: grpo"
+    )
     scale_rewards: Literal["group", "batch", "none"] = Field("group", description="what advantages are divided by")
     mask_truncated: Bool = Field(False, description="completions cut at max_new_tokens do not count in the loss")
     temperature: Positive = Field(1.0, description="of the sampling")
@@ -178,9 +180,25 @@ class GRPO(_Method):
             raise ValueError(f"the reward {twice[0]} is listed twice; give it one weight")
         if self.vllm is not None and self.engine != "vllm":
             raise ValueError("method.vllm says how vLLM runs: set engine: vllm, or leave it out")
+        if wrong := _level(self.loss, self.importance_sampling):
+            raise ValueError(wrong)
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             raise ValueError("delta must lie above 1 + epsilon_high, or it hides that limit")
         return self
+
+
+def _level(loss: GRPOLoss, level: str) -> str | None:
+    """Why a loss does not go with a level of the probability ratio; None where it does."""
+    if loss == "luspo" and level == "token":
+        return "the loss luspo is of whole sequences: set importance_sampling: sequence"
+    if loss == "vespo" and level == "sequence":
+        return "the loss vespo makes sequence weights itself: leave importance_sampling out"
+    if loss in {"dapo", "bnpo", "dr_grpo", "cispo"} and level == "sequence":
+        return (
+            f"with importance_sampling: sequence the loss {loss} would weigh a sequence by its length: set loss: grpo "
+            "(GSPO), or leave importance_sampling out"
+        )
+    return None
 
 
 class _Distill(_Method):

@@ -70,16 +70,16 @@ def make(make_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
         ({"loss": "dapo"}, {"loss_type": "dapo"}),
         ({"loss": "grpo", "beta": 0.05, "epsilon_high": 0.3}, {"loss_type": "grpo", "beta": 0.05, "epsilon_high": 0.3}),
         (
-            {"loss": "dr_grpo", "scale_rewards": "none", "importance_sampling": "sequence", "iterations": 2},
+            {"loss": "grpo", "scale_rewards": "none", "importance_sampling": "sequence", "iterations": 2},
             {
-                "loss_type": "dr_grpo",
+                "loss_type": "grpo",
                 "scale_rewards": "none",
                 "importance_sampling_level": "sequence",
                 "num_iterations": 2,
             },
         ),
     ],
-    ids=["dapo", "grpo with KL", "dr_grpo, two updates on a batch"],
+    ids=["dapo", "grpo with KL", "GSPO, two updates on a batch"],
 )
 def test_grpo_equals_a_plain_trl_script(
     make: Callable[..., Path], tiny_model: Path, tmp_path: Path, method: Any, config: Any
@@ -284,6 +284,13 @@ def test_a_sample_is_what_the_rewards_are_promised(make: Callable[..., Path]) ->
         ({"vllm": {}}, {}, "set engine: vllm"),
         ({"engine": "vllm"}, {}, "the package vllm is not installed"),
         ({"epsilon_high": 0.3, "delta": 1.2}, {}, "delta must lie above"),
+        ({"loss": "luspo"}, {}, "set importance_sampling: sequence"),
+        ({"loss": "vespo", "importance_sampling": "sequence"}, {}, "the loss vespo makes sequence weights itself"),
+        (
+            {"loss": "dapo", "importance_sampling": "sequence"},
+            {},
+            "would weigh a sequence by its length: set loss: grpo",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
@@ -294,3 +301,19 @@ def test_what_cannot_be_is_refused_in_one_line(
         check_policy(load_recipe(path).method)
         built(path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{**METHOD, "engine": "vllm"}, {"type": "distill", "mode": "on_policy", "max_new_tokens": 8, "vllm": {}}],
+    ids=["grpo", "on-policy"],
+)
+def test_vllm_is_not_handed_an_adapter_on_rounded_weights(make: Callable[..., Path], method: Any) -> None:
+    path = make()
+    recipe = json.loads(path.read_text())
+    recipe["method"] = method
+    recipe["teacher"] = {"model": "embedded:tiny"} if method["type"] == "distill" else None
+    path.write_text(json.dumps(recipe))
+    assert load_recipe(path).model.quantization == "none"
+    with pytest.raises(RetortError, match="vLLM cannot take over an adapter on nf4"):
+        load_recipe(path, ["model.quantization=nf4"])
