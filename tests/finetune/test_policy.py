@@ -64,6 +64,10 @@ def make(make_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
     return recipe
 
 
+OTHERS = {"dr_grpo": "token", "bnpo": "token", "cispo": "token", "luspo": "sequence", "sapo": "token", "vespo": "token"}
+STEPS = 4
+
+
 @pytest.mark.parametrize(
     ("method", "config"),
     [
@@ -78,8 +82,15 @@ def make(make_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
                 "num_iterations": 2,
             },
         ),
+        *(
+            (
+                {"loss": loss, "importance_sampling": level, "iterations": 2},
+                {"loss_type": loss, "importance_sampling_level": level, "num_iterations": 2},
+            )
+            for loss, level in OTHERS.items()
+        ),
     ],
-    ids=["dapo", "grpo with KL", "GSPO, two updates on a batch"],
+    ids=["dapo", "grpo with KL", "GSPO, two updates on a batch", *OTHERS],
 )
 def test_grpo_equals_a_plain_trl_script(
     make: Callable[..., Path], tiny_model: Path, tmp_path: Path, method: Any, config: Any
@@ -91,9 +102,9 @@ def test_grpo_equals_a_plain_trl_script(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    ours = built(make(method))
+    ours = built(make(method, max_steps=STEPS))
     ours.trainer.train()
-    wanted = 10 // method.get("iterations", 1) * 2
+    wanted = STEPS // method.get("iterations", 1) * 2
     order = prompt_order(len(ours.rows), wanted, ours.recipe.seed)
     asked = [ours.rows[i]["messages"] for i in order]
 
@@ -108,7 +119,7 @@ def test_grpo_equals_a_plain_trl_script(
     theirs = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
         args=GRPOConfig(
-            **settings(tmp_path / "trl", **config),
+            **settings(tmp_path / "trl", max_steps=STEPS, **config),
             num_generations=4,
             max_completion_length=8,
             reward_weights=[1.0, 0.5],
@@ -120,10 +131,10 @@ def test_grpo_equals_a_plain_trl_script(
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear"),
     )
     theirs.train()
-    assert len(logged(ours.trainer)) == 10
+    assert len(logged(ours.trainer)) == STEPS
     for name in ("loss", "reward", "entropy", "completions/mean_length", *(["kl"] if "beta" in config else [])):
         assert logged(ours.trainer, name) == pytest.approx(logged(theirs, name), abs=1e-5), name
-    assert len(set(logged(ours.trainer, "reward"))) > 2, "all rewards alike: nothing was compared"
+    assert len(set(logged(ours.trainer, "reward"))) > 1, "all rewards alike: nothing was compared"
 
 
 def test_accumulation_changes_nothing(make: Callable[..., Path]) -> None:
@@ -137,7 +148,8 @@ def test_accumulation_changes_nothing(make: Callable[..., Path]) -> None:
 @pytest.mark.slow
 def test_killed_at_three_points_gives_the_same_adapter_and_rewards(make: Callable[..., Path], tmp_path: Path) -> None:
     """Over several epochs of prompts and two updates on each batch, with dropout: every generator is restored."""
-    path = make({"iterations": 2, "beta": 0.02}, max_steps=24, save_every=5, micro_batch=4)
+    # The engine is pinned: measured, another one may win in the second run, and draw other completions.
+    path = make({"iterations": 2, "beta": 0.02, "engine": "plain"}, max_steps=24, save_every=5, micro_batch=4)
     recipe = json.loads(path.read_text())
     path.write_text(json.dumps({**recipe, "adapter": {"r": 4, "dropout": 0.1}}))
     whole, run = whole_and_killed(path, tmp_path)  # save_every 5 became 6: checkpoints lie between two batches
