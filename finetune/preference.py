@@ -1,4 +1,5 @@
-"""Trainers for preferences: DPO and its family, KTO, ORPO, reward models. The losses are TRL's, the tokens ours.
+"""Trainers for preferences: DPO and its family, KTO, ORPO, reward models. The losses are TRL's, but for two terms of
+DPO (`build_dpo`) and one of ORPO; the tokens are ours.
 
 TRL tokenises rows itself; ours are tokens with a proven mask, so the trainers are given them as they are. Reference
 log-probabilities come from finetune/reference.py, computed before an adapter is attached: that is the model at its
