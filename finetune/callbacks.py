@@ -1,9 +1,8 @@
-"""Beside the steps of a run: metrics, sealed checkpoints, the adapter check, progress, the stop on NaN."""
+"""Beside the steps of a run: metrics, sealed checkpoints, the adapter check, progress."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import sys
@@ -155,6 +154,8 @@ WATCHED = {
     "margin": "reward_margin",
     "logps/chosen": "logp_chosen",
     "logps/rejected": "logp_rejected",
+    "logps/chosen_per_token": "logp_chosen_per_token",
+    "kl_per_token": "kl_per_token",
     "nll_loss": "imitation_loss",
     "log_odds_ratio": "log_odds_ratio",
     "kl": "kl",
@@ -231,13 +232,6 @@ class Metrics(TrainerCallback):
             return
         entry = {"step": state.global_step, **self._training_entry(state, logs), **watched(logs)}
         self.add(entry)
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(float(entry.get(name) or 0.0)):
-                raise RetortError(
-                    f"the {name.replace('_', ' ')} is {entry[name]} at step {state.global_step}",
-                    str(self.path),
-                    "lower train.learning_rate; the last checkpoint is from before",
-                )
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append a line, and pass it on to the dashboard."""

@@ -17,14 +17,14 @@ import torch
 from data_prep.logit_cache import CachedLogits, join, row_key, scored_positions
 from data_prep.logit_parts import REMEDY
 from finetune.arguments import Job, common_arguments, make_trainer
-from finetune.losses import Head, Targets, sparse_divergence, summary, targets_of
+from finetune.heads import ALLOWED, LOOK, base_of, head_gap, head_layer, head_of, is_reached
+from finetune.losses import Targets, sparse_divergence, summary, targets_of
 from finetune.sequences import evaluating
 from recipes.errors import DataError, RecipeError, RetortError
 from recipes.schema_method import DistillLogits
 from recipes.student import LOGITS
 
 Row = dict[str, Any]
-LOOK = 64  # tokens on which the head is compared with the model itself
 
 
 def build_logits(job: Job) -> Any:
@@ -138,11 +138,6 @@ class TargetCollator:
         }
 
 
-def base_of(model: Any) -> Any:
-    """The transformers model inside an adapter's wrapper."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
 def add_divergence(model: Any, share: float, temperature: float) -> None:
     """Teach a causal model's forward the keyword `targets`: with it, the loss is returned instead of logits.
 
@@ -175,29 +170,6 @@ def add_divergence(model: Any, share: float, temperature: float) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def head_layer(model: Any) -> Any:
-    """The output layer of a transformers model, the copy that is trained where the adapter has one.
-
-    Low-rank weights on it would not be seen here; TRL refuses them when the trainer is made.
-    """
-    from peft.utils import ModulesToSaveWrapper
-
-    layer = model.get_output_embeddings()
-    return layer.modules_to_save[layer.active_adapters[0]] if isinstance(layer, ModulesToSaveWrapper) else layer
-
-
-def head_of(model: Any) -> Head:
-    """The last step of a transformers model, from hidden states to logits, as its config describes it."""
-    layer, config = head_layer(model), model.config.get_text_config()
-    scale = next(
-        (v for n in ("logit_scale", "output_multiplier", "lm_head_multiplier") if (v := getattr(config, n, None))), 1.0
-    )
-    if scaling := getattr(config, "logits_scaling", None):  # Granite divides by it, HyperCLOVA X multiplies
-        scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
-    weight, bias = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in (layer.weight, layer.bias))
-    return Head(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
-
-
 def check_head(model: Any, ids: Sequence[int]) -> None:
     """Compare the logits that the loss makes of hidden states with those of the model, once.
 
@@ -208,15 +180,11 @@ def check_head(model: Any, ids: Sequence[int]) -> None:
     head = head_of(base)
     if head.weight.numel() == 0:
         return  # DeepSpeed has spread it over devices, and gathers it in training only
-    if not head.weight.is_floating_point() or base.base_model is base:
+    if not is_reached(base, head):
         raise RetortError("mode logits cannot reach the output head of this model", "model.base", "use mode: sequence")
     with evaluating(model), torch.no_grad():
-        batch = torch.tensor([list(ids)], device=base.device)
-        expected = model(input_ids=batch, use_cache=False).logits[0].float()
-        hidden = base.base_model(input_ids=batch, use_cache=False).last_hidden_state[0]
-        ours = head.logits(hidden.to(head.weight)).float().to(expected.device)
-    off = float((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-    if ours.shape != expected.shape or not off < (1e-4 if head.weight.dtype == torch.float32 else 2e-2):
+        off = head_gap(model, head, ids)
+    if not off < ALLOWED[head.weight.dtype == torch.float32]:
         raise RetortError(
             f"the model does more after its output head than mode logits knows (the logits differ by {off:.2g})",
             "model.base",

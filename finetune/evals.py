@@ -16,11 +16,11 @@ from data_prep.tokens import Tokenizer
 from finetune.reward_sample import answer_of
 from finetune.sequences import (
     batches_of,
+    cached_tokens,
     evaluating,
     log_probabilities,
     padded,
     scores_of,
-    tokens_per_forward,
 )
 from finetune.stats import Answer, compare, is_exact
 from recipes.lineage import sha256_json, write_atomic
@@ -129,7 +129,7 @@ def _answers(
     """Greedy completions (token ids, padding cut off) of the rows' prompts: all that comes before what is trained."""
     prompts = [prompt_ids(row) for row in rows]
     answers: list[list[int] | None] = [None] * len(rows)
-    most = tokens_per_forward(model)
+    most = cached_tokens(model)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     wanted, ends = recipe.eval.max_new_tokens, end_tokens(model, tokenizer)
     batches: list[list[int]] = []

@@ -161,6 +161,27 @@ class Head:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
+def slice_size(vocabulary: int) -> int:
+    """Positions whose logits are made at a time."""
+    return min(1024, max(256, _SLICE // vocabulary))
+
+
+def token_log_probabilities(hidden: Tensor, head: Head, actual: Tensor) -> Tensor:
+    """Log-probabilities of tokens in nats, float32 (n,), without gradient; a slice of the positions at a time.
+
+    Args:
+        hidden: last hidden states at the positions, (n, d). actual: the tokens that stand there, (n,).
+    """
+    size = slice_size(len(head.weight))
+    parts = [
+        -torch.nn.functional.cross_entropy(
+            head.logits(hidden[start : start + size]).float(), actual[start : start + size], reduction="none"
+        )
+        for start in range(0, len(hidden), size)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
 def sparse_divergence(
     hidden: Tensor,
     head: Head,
@@ -183,8 +204,7 @@ def sparse_divergence(
     Returns:
         (loss (), sums (len(SUMS) + 3 BINS,) float32 without gradient).
     """
-    vocabulary = len(head.weight)
-    size = positions or min(1024, max(256, _SLICE // vocabulary))
+    size = positions or slice_size(len(head.weight))
     options = _Options(cross_entropy, temperature, head.scale, head.softcap, size, torch.is_grad_enabled())
     total, sums = _SparseDivergence.apply(hidden, head.weight, head.bias, targets, options)
     return total / (max(1, len(hidden)) if num_items is None else num_items), sums

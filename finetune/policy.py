@@ -154,6 +154,10 @@ class Scored:
         self.names = names_of(recipe.method)
         places = [f"method.rewards[{i}].{term.name}" for i, term in enumerate(self.terms)]
         self.scores = [rewards.build(term, place) for term, place in zip(self.terms, places, strict=True)]
+        if any(term.name == "code" for term in self.terms):
+            asked = self.samples(range(len(rows)), [()] * len(rows))
+            for term in self.terms:
+                rewards.check_rows(term, asked)
         self._samples: list[rewards.Sample] = []
         self._found: list[list[float | None]] = []
 

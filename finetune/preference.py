@@ -1,4 +1,5 @@
-"""Trainers for preferences: DPO and its family, KTO, ORPO, reward models. The losses are TRL's, the tokens ours.
+"""Trainers for preferences: DPO and its family, KTO, ORPO, reward models. The losses are TRL's, but for two terms of
+DPO (`build_dpo`) and one of ORPO; the tokens are ours.
 
 TRL tokenises rows itself; ours are tokens with a proven mask, so the trainers are given them as they are. Reference
 log-probabilities come from finetune/reference.py, computed before an adapter is attached: that is the model at its
@@ -20,7 +21,7 @@ from finetune.reference import Weighed
 from finetune.sequences import Sequence_
 from recipes.errors import RecipeError
 from recipes.schema import Recipe
-from recipes.schema_method import DPO, KTO, ORPO, RewardModel
+from recipes.schema_method import DPO, KTO, ORPO, DPOLoss, RewardModel
 
 Row = dict[str, Any]
 
@@ -63,16 +64,73 @@ class Given:
     def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
         return dataset
 
+    def _loss_and_logps(self: Any, model: Any, inputs: Row, return_outputs: bool) -> tuple[Any, torch.Tensor]:
+        """TRL's loss, and the log-probabilities that it was made of: (rows, longest - 1), 0 where nothing counts."""
+        seen: list[Any] = []
+
+        def forward(**batch: Any) -> Any:
+            seen.append(model(**batch))
+            return seen[-1]
+
+        loss = super()._compute_loss(forward, inputs, return_outputs)  # type: ignore[misc]
+        return loss, seen[-1].log_probs[:, 1 - inputs["input_ids"].shape[1] :]
+
+    def _log_per_token(self: Any, name: str, total: torch.Tensor, tokens: torch.Tensor) -> None:
+        """A mean over tokens of all processes; nothing where there are none."""
+        parts = torch.stack([total.detach().float(), tokens.to(total.device).float()])
+        total, tokens = self.accelerator.reduce(parts, reduction="sum")
+        if tokens > 0:
+            self._metrics["train" if self.model.training else "eval"][name].append(float(total / tokens))
+
 
 def build_dpo(job: Job) -> Any:
-    """TRL's DPOTrainer over prepared pairs; without a reference a uniform one."""
+    """TRL's DPOTrainer over prepared pairs; without a reference a uniform one.
+
+    Two terms are ours. `sft` is averaged over the tokens of the whole optimiser step, so that accumulation changes
+    nothing. Label smoothing e of the logistic losses is that of cDPO (Mitchell 2023, "A note on DPO with noisy
+    preferences", equation 3): -(1 - e) log s(z) - e log s(-z) = -log s(z) + e z, with z = beta x the margin; TRL reads
+    it in other losses alone (trl 1.16, trainer/dpo_trainer.py, _compute_loss).
+
+    Raises:
+        RecipeError: a field in `train.extra` that changes TRL's losses, and would not change these terms.
+    """
     from trl import DPOConfig, DPOTrainer
 
     method, rows = job.recipe.method, job.rows
     assert isinstance(method, DPO)
+    theirs = {name: weight for name, weight in method.loss.items() if name != "sft"}
+    imitation, beyond = method.loss.get("sft"), method.length_desensitised
+    beta, share = method.beta, method.label_smoothing
+    smoothed = {name: weight for name in LOGISTIC if share and (weight := method.loss.get(name))}
+    for name, usual in {"use_weighting": False, "f_divergence_type": "reverse_kl"}.items():
+        if job.recipe.train.extra.get(name, usual) != usual and ("sft" in method.loss or smoothed):
+            part = "the loss sft" if "sft" in method.loss else "label_smoothing"
+            raise RecipeError(f"{part} knows nothing of '{name}'", f"train.extra.{name}", "leave one of them out")
 
     class Prepared(Given, DPOTrainer):
-        pass
+        imitated = 0.0  # tokens of the chosen answers in one forward, on average over the step
+
+        def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+            counts = [_answers_of(batch["completion_mask"])[0].sum() for batch in batch_samples]
+            self.imitated = mean_per_forward(self.accelerator, counts, device)
+            return None
+
+        def _compute_loss(self, model: Any, inputs: Row, return_outputs: bool) -> Any:
+            loss, logps = self._loss_and_logps(model, inputs, return_outputs)
+            loss, *rest = loss if return_outputs else (loss,)
+            (chosen, rejected), (good, bad) = logps.chunk(2), _answers_of(inputs["completion_mask"].to(logps.device))
+            self._log_per_token("logps/chosen_per_token", chosen.sum(), good.sum())
+            if imitation is not None:
+                loss = loss - imitation * chosen.sum() / (self.imitated or good.sum())
+            if smoothed:
+                above = _weighed_sum(chosen, good, bad, beyond) - inputs["ref_chosen_logps"].to(chosen.device)
+                below = _weighed_sum(rejected, bad, good, beyond) - inputs["ref_rejected_logps"].to(chosen.device)
+                margins = {
+                    "sigmoid": above - below,
+                    "sigmoid_norm": above / good.sum(1).clamp(min=1) - below / bad.sum(1).clamp(min=1),
+                }
+                loss = loss + sum(weight * share * beta * margins[name].mean() for name, weight in smoothed.items())
+            return (loss, *rest) if return_outputs else loss
 
     pairs = job.reference or [0.0] * (2 * len(rows))
     data = _dataset(
@@ -97,7 +155,32 @@ def build_dpo(job: Job) -> Any:
         remove_unused_columns=False,
     )
     collator = PairCollator(job.tokenizer.backend.pad_token_id)
-    return make_trainer(Prepared, job, config, data, data_collator=collator)
+    trainer = make_trainer(Prepared, job, config, data, data_collator=collator)
+    trainer.loss_types, trainer.loss_weights = list(theirs), list(theirs.values())
+    return trainer
+
+
+LOGISTIC: tuple[DPOLoss, ...] = ("sigmoid", "sigmoid_norm")  # losses whose label smoothing is computed here
+
+
+def _answers_of(completion_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Which positions predict a token that counts, of chosen and of rejected answers, each (pairs, longest - 1)."""
+    return completion_mask[:, 1:].chunk(2)
+
+
+def _weighed_sum(logps: torch.Tensor, mask: torch.Tensor, other: torch.Tensor, beyond: float | None) -> torch.Tensor:
+    """Log-probabilities of answers, (pairs,): tokens beyond the length of the pair's other answer weigh `beyond`."""
+    if beyond is None:
+        return logps.sum(1)
+    late = mask.cumsum(1) > torch.minimum(mask.sum(1), other.sum(1))[:, None]
+    return (logps * torch.where(late, beyond, 1.0)).sum(1)
+
+
+def mean_per_forward(accelerator: Any, counts: list[torch.Tensor], device: Any) -> float:
+    """What a sum over one forward is divided by to make the mean over an optimiser step's tokens on all processes: from
+    the counts of the forwards of this process."""
+    total = accelerator.gather(torch.stack(counts).sum().to(device)).sum()
+    return float(total) / len(counts) / accelerator.num_processes
 
 
 @dataclass
@@ -167,7 +250,16 @@ def build_kto(job: Job) -> Any:
     assert isinstance(method, KTO)
 
     class Prepared(Given, KTOTrainer):
-        pass
+        def _compute_loss(self, model: Any, inputs: Row, return_outputs: bool) -> Any:
+            loss, logps = self._loss_and_logps(model, inputs, return_outputs)
+            good = torch.as_tensor(inputs["label"], dtype=torch.bool, device=logps.device)
+            tokens = inputs["completion_mask"].to(logps.device)[:, 1:]
+            self._log_per_token("logps/chosen_per_token", logps[good].sum(), tokens[good].sum())
+            if both:  # TRL's KL is per answer
+                answers = inputs["KL_completion_mask"].to(logps.device)
+                kl = self._metrics["train" if self.model.training else "eval"]["kl"][-1]
+                self._log_per_token("kl_per_token", kl * torch.tensor(float(len(answers))), answers.sum())
+            return loss
 
     lines, both = _kto_lines(job.recipe, job.layout, job.rows), method.loss == "kto"
     columns = {
@@ -233,13 +325,13 @@ def build_orpo(job: Job) -> Any:
 
         def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
             counts = [_imitated(batch, key).sum() for batch in batch_samples]
-            total = self.accelerator.gather(torch.stack(counts).sum().to(device)).sum()
-            self.imitated = float(total) / len(batch_samples) / self.accelerator.num_processes
+            self.imitated = mean_per_forward(self.accelerator, counts, device)
             return None
 
         def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> Any:
             logps, rejected, *rest = super().concatenated_forward(model, batch)
             counts = _imitated(batch, key).to(logps.device)
+            self.store_metrics({"logps/chosen_per_token": logps.detach().mean()}, train_eval="train")
             total = rest[2] * counts.sum() if everything else -(logps * counts).sum()
             rest[2] = total / (self.imitated or counts.sum())
             return (logps, rejected, *rest)

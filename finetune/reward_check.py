@@ -26,7 +26,8 @@ from recipes.lineage import write_atomic
 from recipes.schema import Recipe
 from recipes.schema_method import GRPO
 
-FLAT = 0.95  # share of groups without a difference from which nothing can be learned
+FLAT = 0.95  # share of groups without a difference from which nothing can be learned: of 8 groups, all
+FEW = 0.75  # share from which most of the work is lost: that is said
 SHOWN = 4  # completions kept of each of the first groups
 
 
@@ -42,7 +43,8 @@ def check_rewards(
 
     Returns:
         `{engine, seconds: {engine: s}, groups, generations, zero_variance_groups, truncated_share, completion_length,
-        rewards: {name: {mean, std, low, high, none, counts}}, samples}`.
+        rewards: {name: {weight, flat, mean, std, low, high, none, counts}}, samples}`; `flat` is the share of groups in
+        which all completions get the same, of the sum it is `zero_variance_groups` too.
     """
     method = recipe.method
     assert isinstance(method, GRPO)
@@ -66,20 +68,21 @@ def check_rewards(
     samples = scored.samples(lines, completions)
     columns = scored.columns(samples)
     sums = [scored.sum_of(row) for row in zip(*columns, strict=True)]
-    groups = [sums[i : i + method.generations] for i in range(0, len(sums), method.generations)]
-    flat = [is_flat(group) for group in groups]
+    weights = [term.options.weight for term in method.rewards]
+    spreads = {
+        name: {"weight": weight, "flat": _flat_share(values, method.generations), **_spread(values)}
+        for name, weight, values in zip([*scored.names, "sum"], [*weights, None], [*columns, sums], strict=True)
+    }
     ends = set(end_tokens(model, tokenizer))
     return {
         "engine": min(seconds, key=seconds.__getitem__) if engine == "auto" else engine,
         "seconds": seconds,
-        "groups": len(groups),
+        "groups": len(sums) // method.generations,
         "generations": method.generations,
-        "zero_variance_groups": sum(flat) / len(flat),
+        "zero_variance_groups": spreads["sum"]["flat"],
         "truncated_share": sum(not ids or ids[-1] not in ends for ids in completions) / len(completions),
         "completion_length": sum(map(len, completions)) / len(completions),
-        "rewards": {
-            name: _spread(values) for name, values in [*zip(scored.names, columns, strict=True), ("sum", sums)]
-        },
+        "rewards": spreads,
         "samples": [
             {
                 "prompt": samples[i].prompt,
@@ -89,6 +92,11 @@ def check_rewards(
             for i in range(0, min(len(lines), 4 * method.generations), method.generations)
         ],
     }
+
+
+def _flat_share(values: Sequence[float | None], generations: int) -> float:
+    groups = [values[i : i + generations] for i in range(0, len(values), generations)]
+    return sum(map(is_flat, groups)) / len(groups)
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
@@ -166,9 +174,15 @@ def describe(found: dict[str, Any]) -> list[str]:
         none = f", {spread['none']} without" if spread["none"] else ""
         lines.append(
             f"  {name.ljust(width)}  mean {spread['mean']:7.3f}  std {spread['std']:6.3f}  "
-            f"{_bars(spread['counts'])}{none}"
+            f"{_bars(spread['counts'])}{none}; {spread['flat']:.0%} of groups flat"
         )
-    lines.append(f"  groups in which all completions get the same sum: {found['zero_variance_groups']:.0%}")
+    flat = found["zero_variance_groups"]
+    lines.append(f"  groups in which all completions get the same sum: {flat:.0%}")
+    if FEW <= flat < FLAT:
+        lines.append(f"  LOOK: only {1 - flat:.0%} of the groups teach anything; easier prompts would waste less")
+    for name in _flat_ones(found):
+        part = f"in {found['rewards'][name]['flat']:.0%} of the groups all completions get the same of it"
+        lines.append(f"  LOOK: the reward {name} teaches nothing: {part}")
     times = ", ".join(f"{name} {s:.1f} s" for name, s in found["seconds"].items())
     lines.append(f"  completions by engine '{found['engine']}' ({times})")
     return lines
@@ -180,35 +194,51 @@ def _bars(counts: Sequence[Sequence[float]]) -> str:
     return "  ".join(f"{value:g}: {int(number)}x" for value, number in counts)
 
 
+def _flat_ones(found: dict[str, Any]) -> list[str]:
+    """Rewards that count, and tell nothing apart in (almost) any group."""
+    return [name for name, one in found["rewards"].items() if one["weight"] and one["flat"] >= FLAT]
+
+
 def require_signal(found: dict[str, Any], place: str) -> None:
-    """Raise where nothing could be learned.
+    """Raise where nothing could be learned, or nothing of what counts most.
 
     Raises:
-        RetortError: (almost) no group holds two different sums of rewards.
+        RetortError: (almost) no group holds two different sums of rewards, or two different values of any reward of
+            the highest weight.
     """
-    if found["zero_variance_groups"] < FLAT:
+    spread, flat = found["rewards"]["sum"], _flat_ones(found)
+    highest = max(one["weight"] or 0.0 for one in found["rewards"].values())
+    heaviest = [name for name, one in found["rewards"].items() if one["weight"] == highest]
+    if found["zero_variance_groups"] < FLAT and not set(heaviest) <= set(flat):
         return
-    spread = found["rewards"]["sum"]
     if not spread["counts"]:
         raise RetortError(
             "no reward applies to any completion: the rows have nothing to compare with",
             place,
             "name the column with the wanted answer (column: answer)",
         )
-    if spread["high"] == spread["low"]:
-        what = f"every completion gets the reward {spread['low']:g}"
+    groups = found["groups"]
+    if found["zero_variance_groups"] >= FLAT:
+        alike = spread["high"] == spread["low"]
+        what = (
+            f"every completion gets the reward {spread['low']:g}" if alike else "in each group all get the same reward"
+        )
+        share, lost = found["zero_variance_groups"], "the loss would be 0"
     else:
-        what = "in each group all completions get the same reward"
+        spread = found["rewards"][heaviest[0]]
+        what = f"the reward of the highest weight, {heaviest[0]}, tells no two completions of a group apart"
+        share, lost = spread["flat"], "only the lighter rewards would be learned"
     if spread["mean"] <= 0:
         remedy = (
             "the task is beyond this base: take easier prompts, start from an SFT run (model.run), or add a reward for "
-            "the format; or raise method.sample_groups, generations or temperature"
+            "the format of the same weight; or raise method.sample_groups, generations or temperature"
         )
     else:
         remedy = "the prompts are too easy, or the rewards do not tell answers apart: change one of them"
+    unseen = 1 - 0.05 ** (1 / groups)  # the share that is missed in `groups` draws with a probability of 5%
     raise RetortError(
-        f"{what} ({found['zero_variance_groups']:.0%} of {found['groups']} groups without a difference): the loss "
-        "would be 0",
+        f"{what} ({share * groups:.0f} of {groups} groups without a difference; up to {unseen:.0%} of the prompts may "
+        f"have one all the same): {lost}",
         place,
         remedy,
     )

@@ -4,26 +4,18 @@ The final answer of a text is what stands in its last `\\boxed{}`, or after its 
 "the answer is", whichever comes last and is followed by a number or a formula. Without any of them it is the last line
 that has a number or formula. A number may have a sign, a currency, thousands separators, a magnitude (million), a per
 cent sign and a unit in words. Numbers are compared to six decimals as math-verify does; all else that is no plain word
-is compared by math-verify (`math_worker.py`).
+is compared by math-verify, in a process of its own (`limited.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import re
-import subprocess
-import sys
-import threading
 import unicodedata
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
-from recipes.errors import EngineError
+from finetune.limited import Limited
 
 LONGEST = 400  # characters of a final answer; a longer one is no answer
 _LOOKED_AT = 20_000  # characters at the end of a completion
@@ -148,8 +140,7 @@ class Comparer:
     """Compares final answers; starts the process with math-verify when the first formula comes."""
 
     def __init__(self) -> None:
-        self._worker: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
+        self._formulas = Limited("math", remedy="pip install math-verify")
 
     def equal(self, answers: Sequence[str], golds: Sequence[str | None]) -> list[float | None]:
         """1 where an answer is equal to the wanted one, None where there is no wanted one. Both are whole texts."""
@@ -172,43 +163,4 @@ class Comparer:
         if wanted.equals(found):
             return True
         both = wanted.number is not None and found.number is not None
-        return not (both or wanted.is_words or found.is_words) and self._ask(wanted.latex, found.latex)
-
-    def _ask(self, gold: str, given: str) -> bool:
-        """Ask math-verify. A formula that it cannot bear (time, memory) is no equal one."""
-        with self._lock:
-            worker = self._started()
-            try:
-                worker.stdin.write(json.dumps([gold, given]) + "\n")  # type: ignore[union-attr]
-                worker.stdin.flush()  # type: ignore[union-attr]
-                reply = worker.stdout.readline()  # type: ignore[union-attr]
-            except OSError:
-                reply = ""
-            if not reply:
-                _end(worker)
-                self._worker = None
-            return reply.strip() == "true"
-
-    def _started(self) -> subprocess.Popen[str]:
-        if self._worker is None:
-            # The formulas are a model's: what parses them gets no token that may stand in the environment.
-            env = {key: value for key, value in os.environ.items() if key in {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH"}}
-            self._worker = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env=env,
-            )
-            weakref.finalize(self, _end, self._worker)
-            if self._worker.stdout.readline() != "ready\n":  # type: ignore[union-attr]
-                _end(self._worker)
-                raise EngineError("math-verify does not start", None, "pip install math-verify")
-        return self._worker
-
-
-def _end(worker: subprocess.Popen[str]) -> None:
-    worker.kill()
-    with contextlib.suppress(OSError), worker:  # closes its pipes and waits
-        pass
+        return not (both or wanted.is_words or found.is_words) and self._formulas.ask(wanted.latex, found.latex)

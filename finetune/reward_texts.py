@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.ngrams import words
+from finetune.reward_worker import with_standards
 from recipes.errors import DataError, RecipeError
 from recipes.schema_rewards import Citation, Exact, JsonSchema, Label, Length, Regex, Repetition, Think
 
@@ -47,17 +48,9 @@ def label(answer: str, wanted: str, options: Label) -> float | None:
     return float(set(found) == {target})
 
 
-def regex(completion: str, options: Regex) -> float:
-    """A pattern of the recipe's author, tried on the first 20,000 characters; a longer completion is never a whole
-    match. Nothing else guards against a pattern that takes exponential time."""
-    if options.whole:
-        return float(len(completion) <= LOOKED_AT and _found(options.pattern, completion, whole=True))
-    return float(_found(options.pattern, completion[:LOOKED_AT], whole=False))
-
-
-def _found(pattern: str, text: str, whole: bool) -> bool:
-    compiled = re.compile(pattern, re.DOTALL)
-    return (compiled.fullmatch(text) if whole else compiled.search(text)) is not None
+def looked_at(completion: str, options: Regex) -> str | None:
+    """The part of a completion that a pattern is tried on; None where it is too long to be a whole match."""
+    return None if options.whole and len(completion) > LOOKED_AT else completion[:LOOKED_AT]
 
 
 def think(completion: str, options: Think) -> float:
@@ -68,17 +61,14 @@ def think(completion: str, options: Think) -> float:
     return float(bool(thought.strip()) and bool(answer.strip()))
 
 
-def validator_of(options: JsonSchema, place: str | None = None) -> Any:
-    """A validator that never fetches anything: what `$ref` names must be in the schema, or be a standard meta-schema.
+def schema_of(options: JsonSchema, place: str | None = None) -> Any:
+    """The JSON Schema of a recipe, as JSON values, checked.
 
     Raises:
         RecipeError: there is no such file, it is no JSON Schema, or it refers to something that is not there.
     """
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
-    from jsonschema_specifications import REGISTRY
-    from referencing import Resource
-    from referencing.jsonschema import DRAFT202012
 
     schema: Any = options.schema_
     if isinstance(schema, str):
@@ -90,15 +80,13 @@ def validator_of(options: JsonSchema, place: str | None = None) -> Any:
             raise RecipeError(f"{options.schema_} is no JSON: {error}", place) from None
     if not isinstance(schema, (dict, bool)):
         raise RecipeError(f"{options.schema_} holds a {type(schema).__name__}, which is no JSON Schema", place)
-    kind = validator_for(schema, default=Draft202012Validator)
     try:
-        kind.check_schema(schema)
-        resource = Resource.from_contents(schema, default_specification=DRAFT202012)
-        registry = REGISTRY.with_resource(resource.id() or "", resource)
-        _resolve_all(resource, registry.resolver(resource.id() or ""), place)
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
         raise RecipeError(f"no valid JSON Schema: {error.message}", place) from None
-    return kind(schema, registry=registry)
+    resource, registry = with_standards(schema)
+    _resolve_all(resource, registry.resolver(resource.id() or ""), place)
+    return schema
 
 
 def _resolve_all(resource: Any, resolver: Any, place: str | None) -> None:
@@ -114,17 +102,10 @@ def _resolve_all(resource: Any, resolver: Any, place: str | None) -> None:
         _resolve_all(part, resolver, place)
 
 
-def json_schema(answer: str, validator: Any) -> float:
-    """Of the whole answer where that is JSON, else of its last block that is fenced as JSON or as nothing."""
+def json_of(answer: str) -> str:
+    """The part of an answer that should be JSON: its last block fenced as JSON or as nothing, else all of it."""
     blocks = [body for name, body in _FENCE.findall(answer) if name.lower() in {"json", ""}]
-    try:
-        return float(validator.is_valid(json.loads(blocks[-1] if blocks else answer, parse_constant=_no_number)))
-    except (ValueError, RecursionError):
-        return 0.0
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    return blocks[-1] if blocks else answer
 
 
 def citation(answer: str, passage: str, options: Citation) -> float:
@@ -180,3 +161,12 @@ def tests_of(value: Any, row: str) -> list[str]:
         if isinstance(statement, ast.Assert):
             pieces.append([])
     return ["\n".join(piece) for piece in pieces if piece]
+
+
+def defined_in(code: str) -> set[str]:
+    """Functions and classes that Python code defines at its top level; none where it is no Python."""
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    return {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}

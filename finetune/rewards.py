@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from finetune import reward_texts as texts
+from finetune.limited import Limited
 from finetune.reward_judge import endpoint_of, judge
 from finetune.reward_math import Comparer
 from finetune.reward_sample import Sample, Score, answer_of, lookup, wanted
 from finetune.sandbox import run_tests
+from finetune.sandbox_child import taken
 from recipes.errors import DataError, EngineError, RecipeError, RetortError
-from recipes.schema_rewards import Code, Function, RewardTerm
+from recipes.schema_rewards import Code, Function, JsonSchema, Regex, RewardTerm
 
-__all__ = ["REWARDS", "Sample", "Score", "answer_of", "build", "check"]
+__all__ = ["REWARDS", "Sample", "Score", "answer_of", "build", "check", "check_rows"]
 
 
 def _each(score: Callable[[Sample, Any], float | None]) -> Callable[[Any, str | None], Score]:
@@ -50,9 +52,19 @@ def _math(options: Any, place: str | None) -> Score:
     return lambda samples: comparer.equal([sample.answer for sample in samples], wanted(samples, options.column))
 
 
-def _json_schema(options: Any, place: str | None) -> Score:
-    validator = texts.validator_of(options, place)
-    return lambda samples: [texts.json_schema(sample.answer, validator) for sample in samples]
+def _regex(options: Regex, place: str | None) -> Score:
+    limited = Limited("regex", {"pattern": options.pattern, "whole": options.whole})
+
+    def one(sample: Sample) -> float:
+        text = texts.looked_at(sample.completion, options)
+        return float(text is not None and limited.ask(text))
+
+    return lambda samples: [one(sample) for sample in samples]
+
+
+def _json_schema(options: JsonSchema, place: str | None) -> Score:
+    limited = Limited("json_schema", texts.schema_of(options, place))
+    return lambda samples: [float(limited.ask(texts.json_of(sample.answer))) for sample in samples]
 
 
 def _citation(options: Any, place: str | None) -> Score:
@@ -77,6 +89,7 @@ def _code(options: Code, place: str | None) -> Score:
         sample, value = pair
         if value is None or not (tests := texts.tests_of(value, sample.row)):
             return None
+        _require_entry(sample, tests, options)
         code = texts.code_of(sample.answer)
         try:
             return run_tests(code, tests, options.seconds, options.memory_mb) if code.strip() else 0.0
@@ -88,6 +101,44 @@ def _code(options: Code, place: str | None) -> Score:
             return list(pool.map(one, zip(samples, lookup(samples, options.column), strict=True)))
 
     return batch
+
+
+def _require_entry(sample: Sample, tests: Sequence[str], options: Code) -> None:
+    """A name that tests use and leave open is the answer's to define. Were that a helper of theirs (`isclose`, `np`),
+    the answer would write its own verdict: such a name must be known to be the answer's.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
+        names = taken(tests)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise DataError(f"the tests are no Python: {error}", sample.row) from None
+    named = sample.columns.get(options.entry) if options.entry else None
+    known = {named} if isinstance(named, str) else set(named or ())
+    if not known and sample.reference is not None:
+        known = texts.defined_in(texts.code_of(answer_of(sample.reference)))
+    if not known and len(names) == 1:
+        return
+    if strange := sorted(names - known):
+        raise DataError(
+            f"its tests use {', '.join(strange)}, which an answer would define to its own advantage",
+            sample.row,
+            "define or import it in the tests; what answers shall define is named in a column (code: {entry: column})",
+        )
+
+
+def check_rows(term: RewardTerm, samples: Sequence[Sample]) -> None:
+    """Find out what is wrong with rows before any is answered; samples without completions stand for them.
+
+    Raises:
+        DataError: a row that a reward cannot judge.
+    """
+    if term.name != "code":
+        return
+    for sample, value in zip(samples, lookup(samples, term.options.column), strict=True):
+        if value is not None and (tests := texts.tests_of(value, sample.row)):
+            _require_entry(sample, tests, term.options)
 
 
 def _judge(options: Any, place: str | None) -> Score:
@@ -137,7 +188,7 @@ REWARDS: dict[str, Callable[[Any, str | None], Score]] = {
     "exact": _compared(texts.exact),
     "math": _math,
     "label": _compared(texts.label),
-    "regex": _each(lambda sample, options: texts.regex(sample.completion, options)),
+    "regex": _regex,
     "think": _each(lambda sample, options: texts.think(sample.completion, options)),
     "json_schema": _json_schema,
     "citation": _citation,

@@ -17,6 +17,9 @@ what they change in lists and the like that they are given, which is what the te
 classes stay with it; the tests may use their attributes, methods, length, items and text. Their equality is identity,
 order and isinstance they have none, and `abs`, `len`, `math` are always Python's.
 
+Names that the tests use and nobody defines are taken from the answer: the reward `code` lets that be only what answers
+are asked for (rewards.py), for a missing helper of the tests would be the answer's own judge.
+
 What this does not protect against: a kernel bug within those system calls; tests whose expectations stand in the
 prompt, that work them out by calling the answer (`decode(encode(x)) == x`) or that any object satisfies (`f() != 3`); a
 function under test that is called like a built-in one, for the tests then test the built-in; an answer that uses up

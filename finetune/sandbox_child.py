@@ -20,7 +20,7 @@ import symtable
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from finetune.sandbox_lock import lock_down
@@ -62,6 +62,7 @@ def _passes(side: Side, test: str, namespace: dict[str, Any], bound: set[str]) -
     try:
         nodes = list(ast.walk(ast.parse(test)))
         borrowed = _borrowed(symtable.symtable(test, "<test>", "exec"), bound)
+        opened = _opened(nodes)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Refused(f"is no Python: {error}") from None
     for node in nodes:
@@ -69,10 +70,9 @@ def _passes(side: Side, test: str, namespace: dict[str, Any], bound: set[str]) -
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if missing := [name for name in names if name not in sys.modules]:
             raise Refused(f"imports {missing[0]}, which is not there")
-    opened = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
     try:
         for name in sorted(borrowed):
-            if name in MODULES and name in opened:  # `math` is Python's, whatever the answer calls so
+            if name in opened:  # `math` is Python's, whatever the answer calls so
                 namespace[name] = sys.modules[name]
                 continue
             namespace.pop(name, None)
@@ -84,6 +84,25 @@ def _passes(side: Side, test: str, namespace: dict[str, Any], bound: set[str]) -
     except BaseException:
         return False
     return not side.lost
+
+
+def taken(tests: Sequence[str]) -> set[str]:
+    """The names that tests take from the answer: those that neither they, up to there, nor Python define.
+
+    Raises:
+        SyntaxError, ValueError, RecursionError, MemoryError: a test is no Python.
+    """
+    bound, found = set(dir(builtins)), set()
+    for test in tests:
+        borrowed = _borrowed(symtable.symtable(test, "<test>", "exec"), bound)
+        found |= borrowed - _opened(list(ast.walk(ast.parse(test))))
+    return found
+
+
+def _opened(nodes: list[ast.AST]) -> set[str]:
+    """Modules of Python whose attributes a test uses, imported or not."""
+    names = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    return names & set(MODULES)
 
 
 def _borrowed(top: symtable.SymbolTable, bound: set[str]) -> set[str]:

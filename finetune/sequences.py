@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 
+from data_prep.model_files import FIGURES, cached_of
 from data_prep.progress import progress
 from data_prep.tokens import Tokenizer
+from finetune.heads import base_of, hidden_states, separable_head
+from finetune.losses import token_log_probabilities
 
-LOGIT_BYTES = 1 << 29  # of one forward's float32 logits; they, not the weights, fill the memory of an evaluation
+LOGIT_BYTES = 1 << 29  # of one forward's float32 logits, where they are made of whole rows
+CACHE_BYTES = 1 << 31  # of the keys and values of one batch of answers
 Sequence_ = tuple[Sequence[int], Sequence[bool]]  # token ids, and which of them count
 
 
@@ -46,9 +50,7 @@ def batches_of(lengths: Sequence[int], most: int) -> list[list[int]]:
     return batches
 
 
-def tokens_per_forward(model: Any) -> int:
-    """How many padded tokens one forward may hold, by the size of its logits."""
-    return max(256, min(8192, LOGIT_BYTES // (4 * model.get_input_embeddings().num_embeddings)))
+MOST = 8192  # padded tokens in one forward
 
 
 def log_probabilities(
@@ -56,28 +58,52 @@ def log_probabilities(
 ) -> list[torch.Tensor]:
     """Per sequence the log-probabilities of its trained tokens in nats, float32, (trained tokens,).
 
-    The first token is never among them: nothing predicts it.
+    The first token is never among them: nothing predicts it. Logits are made of a slice of the trained positions at a
+    time; only of a model whose head cannot be told apart are they made of whole rows.
 
     Args:
         what: shown beside the progress bar.
     """
     results: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
-    batches = batches_of([len(ids) for ids, _ in sequences], tokens_per_forward(model))
+    if not sequences:
+        return results
+    lengths = [len(ids) for ids, _ in sequences]
     with evaluating(model), torch.inference_mode():
+        head = separable_head(model, sequences[0][0])
+        per_row = LOGIT_BYTES // (4 * model.get_input_embeddings().num_embeddings)
+        batches = batches_of(lengths, MOST if head is not None else max(256, min(MOST, per_row)))
         for batch in progress(batches, what, len(batches)):
             ids, mask = padded([list(sequences[i][0]) for i in batch], tokenizer, model.device, left=False)
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-            nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-            for i, line in zip(batch, nll, strict=True):
-                trained = torch.tensor(list(sequences[i][1])[1:], device=line.device)
-                results[i] = -line[: len(trained)][trained].cpu()
+            trained = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
+            for row, i in enumerate(batch):
+                counts = torch.tensor(list(sequences[i][1])[1:], dtype=torch.bool)
+                trained[row, : len(counts)] = counts.to(ids.device)
+            actual = ids[:, 1:][trained]
+            if head is not None:
+                states = hidden_states(base_of(model), input_ids=ids, attention_mask=mask)[:, :-1]
+                states = states[trained.to(states.device)].to(head.weight)
+                found = token_log_probabilities(states, head, actual.to(states.device))
+            else:
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+                logits = logits[trained.to(logits.device)].float()
+                found = -torch.nn.functional.cross_entropy(logits, actual.to(logits.device), reduction="none")
+            for i, line in zip(batch, found.cpu().split(trained.sum(1).tolist()), strict=True):
+                results[i] = line
     return results
+
+
+def cached_tokens(model: Any) -> int:
+    """How many padded tokens, of prompts and answers, one batch of answers may hold, by their keys and values: a step's
+    logits are of one position a row."""
+    config = model.config.get_text_config()
+    each = cached_of({name: getattr(config, name, None) for name in FIGURES}) * model.dtype.itemsize
+    return max(1, min(2 * MOST, CACHE_BYTES // each))
 
 
 def scores_of(model: Any, tokenizer: Tokenizer, sequences: Sequence[Sequence[int]], what: str) -> list[float]:
     """Scores of a reward model for whole sequences (prompt and answer), float32."""
     results = [0.0] * len(sequences)
-    batches = batches_of([len(ids) for ids in sequences], 8192)
+    batches = batches_of([len(ids) for ids in sequences], MOST)
     with evaluating(model), torch.inference_mode():
         for batch in progress(batches, f"scores ({what})", len(batches)):
             ids, mask = padded([list(sequences[i]) for i in batch], tokenizer, model.device, left=False)

@@ -19,7 +19,8 @@ from finetune import preflight as checks
 from finetune.arguments import Job
 from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
 from finetune.completions import Completions
-from finetune.guards import Guarding
+from finetune.guards import Finite, Guarding
+from finetune.guards import describe as describe_guards
 from finetune.layout import Device, Layout, model_facts, plan_layout
 from finetune.models import load_start
 from finetune.policy import sample_of
@@ -50,6 +51,7 @@ class Watch:
     metrics: Metrics
     progress: Progress
     guarding: Guarding
+    finite: Finite
     selection: Selection | None
     checkpoint: Path | None
     preemption: Preemption
@@ -218,13 +220,14 @@ def build(
     metrics = Metrics(folder / "metrics.jsonl", tracker)
     measuring = recipe.train.eval_every is not None and watched
     selection = Selection(recipe, tokenizer, watched, metrics, folder) if measuring else None
-    guarding = Guarding(recipe.train.guards, tracker)
+    guarding, finite = Guarding(recipe.train.guards, tracker), Finite(folder)
+    say(*describe_guards(recipe.train.guards, recipe.method))
     copies = Path(recipe.train.copy_checkpoints).expanduser() if recipe.train.copy_checkpoints else None
     preemption = Preemption(folder, getattr(recipe.method, "iterations", 1))
     checked = AdapterCheck(folder / "adapter_check")
-    watch = Watch(checked, metrics, Progress(), guarding, selection, checkpoint, preemption)
+    watch = Watch(checked, metrics, Progress(), guarding, finite, selection, checkpoint, preemption)
     seal = Seal(recipe.train.keep_checkpoints, copies)
-    callbacks: list[Any] = [metrics, watch.progress, watch.adapter, guarding, seal, preemption]
+    callbacks: list[Any] = [metrics, watch.progress, finite, watch.adapter, guarding, seal, preemption]
     if recipe.method.type == "grpo":
         kept = Completions(folder / "completions.jsonl", recipe.method.show_every, recipe.method.generations)
         callbacks.append(kept)
@@ -294,6 +297,7 @@ def fit(trainer: Any, watch: Watch, found: dict[str, Any], folder: Path) -> None
     finally:
         watch.preemption.ignore()
         watch.progress.close()
+    watch.finite.require()
     watch.guarding.require(folder)
     watch.preemption.require(is_main())
     if watch.selection is not None:

@@ -160,7 +160,9 @@ class Best(Section):
 class Guards(Section):
     """What stops a run, with a checkpoint and a diagnosis. null switches a guard off; NaN always stops."""
 
-    kl: Annotated[Float, Field(gt=0)] | None = Field(10.0, description="mean KL to the start per token, in nats (GRPO)")
+    kl: Annotated[Float, Field(gt=0)] | None = Field(
+        10.0, description="mean KL to the start per token, in nats (GRPO with beta above 0, KTO)"
+    )
     length: Annotated[Float, Field(gt=1)] | None = Field(
         4.0, description="completions this many times as long as at the start and half of them cut (GRPO)"
     )
@@ -168,7 +170,8 @@ class Guards(Section):
         0.02, description="entropy of the completions down to this share of the start's (GRPO)"
     )
     chosen_falls: Annotated[Float, Field(gt=0)] | None = Field(
-        100.0, description="log-probability of chosen answers this far below the start's, in nats (DPO, KTO)"
+        2.0,
+        description="log-probability of chosen answers this far below the start's, in nats per token (DPO, KTO, ORPO)",
     )
     window: Count = Field(10, description="log lines in a row for which it must hold")
 
@@ -380,6 +383,11 @@ class Recipe(Section):
             raise ValueError(
                 "a quantised base cannot be trained whole: set model.quantization to none, or give an adapter"
             )
+        by_vllm = getattr(self.method, "engine", None) == "vllm" or getattr(self.method, "vllm", None) is not None
+        if by_vllm and self.model.quantization == "nf4":
+            # It is handed the adapter merged into the base, which rounds the base anew before every generation: logits
+            # had moved by 0.28 after one, and the policy that learns is no longer the one that the adapter fits.
+            raise ValueError("vLLM cannot take over an adapter on nf4: set model.quantization: none, or leave vLLM out")
         if self.adapter is not None and self.adapter.init in {"pissa", "olora"} and self.model.quantization != "none":
             raise ValueError(
                 f"adapter.init {self.adapter.init} needs unquantised weights: set model.quantization to none"

@@ -21,6 +21,8 @@ DPOLoss = Literal[
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
 ]  # fmt: skip
+# Losses that can be told which share of the labels is wrong.
+SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired")
 GRPOLoss = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo", "vespo"]
 
 
@@ -58,7 +60,9 @@ class DPO(_Method):
     )
     beta: Positive = Field(0.1, description="strength of the pull towards the reference; 0.01 to 0.5 are usual")
     label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="share of pairs whose labels are taken to be wrong (cDPO, robust DPO, EXO)"
+        0.0,
+        description="share of pairs whose labels are taken to be wrong; sigmoid becomes cDPO. Also for sigmoid_norm, "
+        "robust, exo_pair, aot, aot_unpaired",
     )
     reference_free: Bool = Field(False, description="compare with a uniform reference instead of the model's start")
     length_desensitised: Annotated[Float, Field(ge=0, le=1)] | None = Field(
@@ -76,6 +80,9 @@ class DPO(_Method):
     def _smoothed(self) -> Self:
         if "exo_pair" in self.loss and not self.label_smoothing:
             raise ValueError("the loss exo_pair needs label_smoothing above 0; its authors use 1e-3")
+        compared: list[str] = [name for name in self.loss if name != "sft"]
+        if self.label_smoothing and (without := [name for name in compared or ["sft"] if name not in SMOOTHED]):
+            raise ValueError(f"the loss {without[0]} has no label_smoothing; {', '.join(SMOOTHED)} have")
         if self.reference_free and self.length_desensitised is not None:
             raise ValueError("length_desensitised weighs the reference's tokens too: leave reference_free out")
         return self
@@ -148,7 +155,9 @@ class GRPO(_Method):
     epsilon: Annotated[Float, Field(gt=0, lt=1)] = Field(0.2, description="lower clipping of the probability ratio")
     epsilon_high: Positive | None = Field(None, description="upper clipping (DAPO: 0.28); null: as epsilon")
     delta: Positive | None = Field(None, description="second upper limit of the ratio (two-sided clipping)")
-    importance_sampling: Literal["token", "sequence"] = Field("token", description="level of the ratio; GSPO: sequence")
+    importance_sampling: Literal["token", "sequence"] = Field(
+        "token", description="level of the ratio; GSPO: sequence, loss: grpo"
+    )
     scale_rewards: Literal["group", "batch", "none"] = Field("group", description="what advantages are divided by")
     mask_truncated: Bool = Field(False, description="completions cut at max_new_tokens do not count in the loss")
     temperature: Positive = Field(1.0, description="of the sampling")
@@ -171,9 +180,25 @@ class GRPO(_Method):
             raise ValueError(f"the reward {twice[0]} is listed twice; give it one weight")
         if self.vllm is not None and self.engine != "vllm":
             raise ValueError("method.vllm says how vLLM runs: set engine: vllm, or leave it out")
+        if wrong := _level(self.loss, self.importance_sampling):
+            raise ValueError(wrong)
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             raise ValueError("delta must lie above 1 + epsilon_high, or it hides that limit")
         return self
+
+
+def _level(loss: GRPOLoss, level: str) -> str | None:
+    """Why a loss does not go with a level of the probability ratio; None where it does."""
+    if loss == "luspo" and level == "token":
+        return "the loss luspo is of whole sequences: set importance_sampling: sequence"
+    if loss == "vespo" and level == "sequence":
+        return "the loss vespo makes sequence weights itself: leave importance_sampling out"
+    if loss in {"dapo", "bnpo", "dr_grpo", "cispo"} and level == "sequence":
+        return (
+            f"with importance_sampling: sequence the loss {loss} would weigh a sequence by its length: set loss: grpo "
+            "(GSPO), or leave importance_sampling out"
+        )
+    return None
 
 
 class _Distill(_Method):

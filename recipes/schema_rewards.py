@@ -100,6 +100,11 @@ class Code(_Reward):
     """Share of tests that the answer's code passes, run in a subprocess with limits; nothing leaves it."""
 
     column: Text = Field("tests", description="column with the tests: a list of assert statements, or one text")
+    entry: Text | None = Field(
+        None,
+        description="column with the names, one or a list, that tests take from the answer; without it those that the "
+        "row's own answer defines, and without one of these the only name that its tests leave open",
+    )
     seconds: Annotated[Float, Field(gt=0, le=60)] = Field(5.0, description="for all tests of a completion")
     memory_mb: Annotated[int, Field(ge=64, le=8192)] = Field(256, description="address space of the subprocess")
 

@@ -105,6 +105,15 @@ def test_merging_starts_where_the_run_ended(chain: Path) -> None:
         assert (logits(naive) - tuned).abs().max() > 1e-3
 
 
+def test_in_bfloat16_both_ways_start_near_where_the_run_ended(chain: Path) -> None:
+    """Merged weights are rounded to 8 bits of mantissa once; that moves the logits far less than the run did."""
+    recipe = load_recipe(chain / "sft.yaml", ["model.dtype=bfloat16"])
+    base = logits(load_base(recipe, load_tokenizer(recipe.model), find_device("cpu")))
+    kept, merged = (logits(start(dpo(chain, name="half", dtype="bfloat16", merge=merge))) for merge in (False, True))
+    moved = (kept - base).abs().max()
+    assert moved > 0.05 and (merged - kept).abs().max() < 0.25 * moved
+
+
 def test_the_reference_is_the_earlier_run(chain: Path) -> None:
     """The first loss of DPO is ln 2: policy and reference are the same, though the base alone is another model."""
     for merge in (False, True):
@@ -144,6 +153,16 @@ def test_a_chain_keeps_its_lineage_and_measures_against_its_start(chain: Path) -
         output=str(chain / "third"),
         model={"run": str(run), "merge": True},
         adapter={"r": 2},
+        method={
+            "type": "grpo",
+            "rewards": [{"regex": {"pattern": "[aeiou]"}}, {"length": {"most": 8, "slack": 8, "weight": 0.5}}],
+            "beta": 0.1,
+            "temperature": 2.0,
+            "max_new_tokens": 8,
+            "generations": 4,
+            "prompts_per_step": 2,
+            "engine": "plain",
+        },
         data={"train": [{"path": str(chain / "rows.jsonl")}], "eval": {"fraction": 0.2}},
     )
     recipe = load_recipe(path)
@@ -152,6 +171,9 @@ def test_a_chain_keeps_its_lineage_and_measures_against_its_start(chain: Path) -
     assert (logits(start(third)) - second).abs().max() < 2e-5
     done = run_train(third)
     assert done.returncode == 0, done.stderr
+    logs = [json.loads(line) for line in (chain / "third" / "metrics.jsonl").read_text().splitlines()]
+    kl = [line["kl"] for line in logs if "kl" in line]
+    assert abs(kl[0]) < 1e-6 < max(kl), "the reference of the third run is its own start"
     alone = run_cli("export", str(third), cwd=chain)
     assert alone.returncode == 2 and "--merged" in alone.stderr
 

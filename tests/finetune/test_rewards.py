@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from finetune.rewards import REWARDS, Sample, answer_of, build, check
+from finetune.rewards import REWARDS, Sample, answer_of, build, check, check_rows
 from recipes.errors import DataError, RecipeError, RetortError
 from recipes.schema_rewards import RewardTerm
 
@@ -103,12 +103,35 @@ def test_label(completion: str, wanted: str, mark: float | None) -> None:
     assert score("label", completion, wanted, labels=["relevant", "not relevant"]) == mark
 
 
+def scores(name: str, completions: list[str], **options: Any) -> list[float | None]:
+    return build(term(name, **options))([sample(completion) for completion in completions])
+
+
 def test_regex() -> None:
-    assert score("regex", "a\nb", pattern="a.b") == 1.0
-    assert [score("regex", text, pattern=r"\d+", whole=True) for text in ("12", "12 ", "x")] == [1.0, 0.0, 0.0]
-    assert score("regex", "<think>1</think>", pattern="think") == 1.0
-    assert [score("regex", "x" * n + "y", pattern="y") for n in (19_999, 20_000)] == [1.0, 0.0]
-    assert [score("regex", "x" * n, pattern="x*", whole=True) for n in (20_000, 20_001)] == [1.0, 0.0]
+    assert scores("regex", ["a\nb"], pattern="a.b") == [1.0]
+    assert scores("regex", ["12", "12 ", "x"], pattern=r"\d+", whole=True) == [1.0, 0.0, 0.0]
+    assert scores("regex", ["<think>1</think>"], pattern="think") == [1.0]
+    assert scores("regex", ["x" * n + "y" for n in (19_999, 20_000)], pattern="y") == [1.0, 0.0]
+    assert scores("regex", ["x" * n for n in (20_000, 20_001)], pattern="x*", whole=True) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "stalls", "good"),
+    [
+        ("regex", {"pattern": "^(a+)+$"}, "a" * 40 + "b", "aa"),
+        ("json_schema", {"schema": {"uniqueItems": True}}, json.dumps([{"a": i} for i in range(4000)]), "[1, 2]"),
+    ],
+    ids=["pattern", "uniqueItems"],
+)
+def test_no_completion_stalls_a_run(name: str, options: Any, stalls: str, good: str, capfd: Any) -> None:
+    """Two seconds of processor time each; the next completion has a new process."""
+    assert scores(name, [good, stalls, good], **options) == [1.0, 0.0, 1.0]
+    assert f"the reward {name}: what takes over 2 s to check counts as wrong" in capfd.readouterr().out
+
+
+def test_no_completion_ends_a_run() -> None:
+    halves = build(term("json_schema", schema={"multipleOf": 0.5}))
+    assert halves([sample(text) for text in ("1.5", "1" + "0" * 400, "1e400", "1.2")]) == [1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +187,10 @@ SCHEMA = {
     ],
 )
 def test_json_schema(completion: str, mark: float) -> None:
-    assert score("json_schema", completion, schema=SCHEMA) == mark
+    assert JSON([sample(completion)]) == [mark]
+
+
+JSON = build(term("json_schema", schema=SCHEMA))
 
 
 def test_json_schema_from_a_file_and_what_is_wrong_with_one(tmp_path: Path) -> None:
@@ -324,6 +350,41 @@ def test_code() -> None:
 def test_tests_that_cannot_be_run_name_their_row(tests: Any, message: str) -> None:
     with pytest.raises(DataError, match=f"row r7: .*{message}"):
         build(term("code"))([sample("def f(): pass", tests=tests, id="r7")])
+
+
+FORGED = "def isclose(a, b): return True\nclass np:\n    allclose = isclose\ndef f(x): return 0"
+
+
+@pytest.mark.parametrize(
+    ("tests", "names"),
+    [
+        (["assert isclose(f(2), 4)"], "f, isclose"),
+        (["assert f(1) == 2", "assert np.allclose(f(2), 4)"], "f, np"),
+        (["assert helper(f(2))", "def helper(x): return x == 4"], "f, helper"),
+    ],
+)
+def test_an_answer_does_not_define_what_judges_it(tests: list[str], names: str) -> None:
+    """Which of several open names is the answer's must be known: from a column, or from the row's own answer."""
+    code = build(term("code", seconds=2.0, entry="entry"))
+    with pytest.raises(DataError, match=f"row r7: its tests use {names}, which an answer would define"):
+        code([sample(FORGED, tests=tests, id="r7")])
+    strange = names.partition(", ")[2]
+    for known in (sample(FORGED, tests=tests, entry="f"), sample(FORGED, "def f(x): return 4", tests=tests)):
+        with pytest.raises(DataError, match=f"its tests use {strange}, which"):
+            code([known])
+    with pytest.raises(DataError, match="its tests use f, "):
+        check_rows(term("code"), [sample("", tests=["assert f(1) == 1"]), sample("", tests=tests)])
+
+
+def test_an_answer_defines_what_it_was_asked_for() -> None:
+    code = build(term("code", seconds=2.0, entry="entry"))
+    good = "class Pair:\n    def __init__(self, a): self.a = a\ndef total(pairs): return sum(p.a for p in pairs)"
+    tests = ["assert total([Pair(1), Pair(2)]) == 3 and math.isclose(total([]), 0)"]
+    assert code(
+        [sample(good, tests=tests, entry=["total", "Pair"]), sample(good, f"So:\n```python\n{good}\n```", tests=tests)]
+    ) == [1, 1]
+    assert code([sample(good, tests=["assert total([]) == 0", "assert total(()) == 0"])]) == [1.0]
+    check_rows(term("code"), [sample("", good, tests=tests), sample("", tests=None)])
 
 
 # The user's own function, and what is found out before anything loads

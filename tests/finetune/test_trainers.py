@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import colour_rows, run_train
+from training import built, logged
 
 from data_prep.assemble import read_rows
 from data_prep.prepare import prepare
@@ -136,6 +137,20 @@ def test_packed_training_equals_unpacked_on_one_big_batch(make_recipe: Callable[
         runs[name] = losses_of(tmp_path / name)
     assert runs["packed"] == pytest.approx(runs["plain"], abs=1e-5)
     assert runs["plain"][-1] < runs["plain"][0] - 0.05
+
+
+def test_accumulating_rows_of_different_lengths_changes_nothing(make_recipe: Callable[..., Path]) -> None:
+    """The loss is a mean over the tokens of the step, not of means over forwards."""
+    layout = {"tokens_per_step": 410, "seq_len": 128, "max_steps": 5, "learning_rate": 5e-3, "device": "cpu"}
+    path = make_recipe(train={**layout, "packing": False})
+    together = built(path, "train.micro_batch=8")
+    assert together.layout.gradient_accumulation == 1 and len({len(row["input_ids"]) for row in together.rows}) > 3
+    together.trainer.train()
+    one_by_one = built(path, "train.micro_batch=1")
+    assert one_by_one.layout.gradient_accumulation == 8
+    one_by_one.trainer.train()
+    assert logged(one_by_one.trainer) == pytest.approx(logged(together.trainer), abs=1e-5)
+    assert logged(together.trainer)[-1] < logged(together.trainer)[0] - 0.05
 
 
 @pytest.mark.slow

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import colour_rows, run_train, write_rows
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
 from test_preference import pairs
 from test_resume import last_step, whole_and_killed
 
 from data_prep.held_out import choose_rows
-from finetune.guards import FIRST, Guarding
+from finetune.callbacks import Seal, checkpoints, newest_complete
+from finetune.guards import FIRST, Finite, Guarding, describe
 from recipes.errors import DataError, RetortError
 from recipes.load import load_recipe
 from recipes.schema import Guards
+from recipes.schema_method import DPO, Method
 
 STEADY = {"loss": 0.5, "reward": 0.4, "kl": 0.01, "entropy": 1.0, "completions/mean_length": 50.0}
 
@@ -39,12 +45,12 @@ def watch(lines: list[dict[str, float]], **guards: Any) -> tuple[Guarding, Any]:
             "grew from 50 to 210 tokens and 60% are cut",
         ),
         ({"entropy": 0.019}, "the entropy fell from 1 to 0.019"),
-        ({"logps/chosen": -151.0}, "fell from -50.0 to -151.0 nats"),
+        ({"logps/chosen_per_token": -3.1}, "fell from -1.00 to -3.10 nats per token"),
     ],
     ids=["KL", "length", "entropy", "chosen answers"],
 )
 def test_a_guard_stops_what_lasts_and_lets_a_spike_pass(bad: dict[str, float], words: str) -> None:
-    start = [{**STEADY, "logps/chosen": -50.0}] * FIRST
+    start = [{**STEADY, "logps/chosen_per_token": -1.0}] * FIRST
     spike, control = watch([*start, {**start[0], **bad}, {**start[0], **bad}, start[0], {**start[0], **bad}])
     assert spike.found is None and not control.should_training_stop
     caught, control = watch([*start, *[{**start[0], **bad}] * 3])
@@ -54,6 +60,115 @@ def test_a_guard_stops_what_lasts_and_lets_a_spike_pass(bad: dict[str, float], w
         caught.require(Path("run"))
     off, control = watch([*start, *[{**start[0], **bad}] * 3], kl=None, length=None, entropy=None, chosen_falls=None)
     assert off.found is None and not control.should_training_stop
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"completions/mean_length": 210.0, "completions/clipped_ratio": 0.6}, "grew from 50 to 210 tokens"),
+        ({"entropy": 0.019}, "the entropy fell from 1 to 0.019"),
+        ({"kl": 11.0}, "is 11 nats"),
+    ],
+    ids=["length", "entropy", "KL"],
+)
+def test_lines_without_the_quantity_are_no_sign_of_health(bad: dict[str, float], words: str) -> None:
+    """With `iterations: 2` every second line lacks what concerns the completions: they are the same as before."""
+    other = {"loss": 0.5, "entropy": 1.0, "kl": 0.01}
+    worse = {name: bad.get(name, value) for name, value in other.items()}
+    caught, control = watch([*[STEADY, other] * FIRST, *[{**STEADY, **bad}, worse] * 3])
+    assert caught.found is not None and words in caught.found and control.should_training_stop
+    assert watch([*[STEADY, other] * FIRST, *[STEADY, other] * 10])[0].found is None
+
+
+def test_an_answers_whole_kl_and_log_probability_are_not_judged() -> None:
+    line = {"loss": 0.5, "kl": 0.5, "kl_per_token": 0.01, "logps/chosen": -20.0, "logps/chosen_per_token": -1.0}
+    assert watch([*[line] * FIRST, *[{**line, "kl": 40.0, "logps/chosen": -400.0}] * 9])[0].found is None
+    found = watch([*[line] * FIRST, *[{**line, "kl": 400.0, "kl_per_token": 11.0}] * 3])[0].found
+    assert found is not None and "is 11 nats per token" in found
+
+
+@pytest.mark.parametrize(
+    ("method", "line"),
+    [
+        (
+            {"type": "grpo", "rewards": ["exact"]},
+            "guards: length, entropy; kl is not on: without method.beta no KL to the start is computed",
+        ),
+        ({"type": "grpo", "rewards": ["exact"], "beta": 0.1}, "guards: kl, length, entropy"),
+        ({"type": "kto"}, "guards: kl, chosen_falls"),
+        ({"type": "dpo"}, "guards: chosen_falls"),
+        ({"type": "sft"}, None),
+    ],
+    ids=["grpo", "grpo with KL", "kto", "dpo", "sft"],
+)
+def test_it_is_said_which_guards_watch(method: dict[str, Any], line: str | None) -> None:
+    made: Any = TypeAdapter(Method).validate_python(method)
+    assert describe(Guards(), made) == ([] if line is None else [line])
+    assert describe(Guards(chosen_falls=None), DPO(type="dpo")) == ["guards: none"]
+
+
+class Tiny(torch.nn.Module):
+    """Twelve weights, and a loss that is no number from the step `broken` on."""
+
+    def __init__(self, broken: float, how: str) -> None:
+        super().__init__()
+        self.layer, self.step = torch.nn.Linear(3, 4), 0
+        self.broken, self.how = broken, how
+
+    def forward(self, x: torch.Tensor, labels: Any = None) -> dict[str, torch.Tensor]:
+        self.step += 1
+        loss = self.layer(x).square().mean()
+        if self.step >= self.broken:
+            loss = loss * float("nan") if self.how == "gradient" else loss + float("inf")
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize(
+    ("broken", "how", "message", "kept"),
+    [
+        (4, "gradient", "a gradient of step 4 is no number", "checkpoint-4"),
+        (4, "loss", "the loss is inf at step 4", "checkpoint-4"),
+        (1, "gradient", "a gradient of step 1 is no number", None),
+    ],
+)
+def test_what_is_no_number_ends_a_run_with_its_last_weights(
+    tmp_path: Path, broken: int, how: str, message: str, kept: str | None
+) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    folder = tmp_path / "checkpoints"
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=6, save_steps=6, logging_steps=1, use_cpu=True, report_to="none",
+        disable_tqdm=True, logging_nan_inf_filter=False, learning_rate=0.1, lr_scheduler_type="constant",
+    )  # fmt: skip
+    data = [{"x": torch.tensor([float(i), 1.0, 2.0])} for i in range(64)]
+    finite, model = Finite(tmp_path), Tiny(broken, how)
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[finite, Seal(2)])  # type: ignore[arg-type]
+    with pytest.raises(RetortError) as caught:
+        trainer.train()
+        finite.require()
+    assert message in str(caught.value) and "lower train.learning_rate" in str(caught.value)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    if kept is None:
+        assert "there is no checkpoint yet" in str(caught.value) and checkpoints(folder) == []
+        return
+    assert f"{kept} holds the last weights that are numbers" in str(caught.value)
+    saved = load_file(newest_complete(folder)[0] / "model.safetensors")  # type: ignore[operator]
+    assert [path.name for path in checkpoints(folder)] == [kept]
+    assert all(torch.equal(saved[name], p) for name, p in model.named_parameters())
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    """Where gradients are out of sight (DeepSpeed's), the log tells, after the step; float16's scaler is left alone."""
+    finite, model = Finite(tmp_path), torch.nn.Linear(2, 2)
+    for fp16, norm, stopped in ((True, math.inf, False), (False, math.inf, True)):
+        model.weight.data.fill_(math.nan)
+        control = SimpleNamespace(should_training_stop=False, should_save=True)
+        arguments, state = SimpleNamespace(fp16=fp16, world_size=1), SimpleNamespace(global_step=7)
+        finite.on_log(arguments, state, control, logs={"loss": 0.5, "grad_norm": norm}, model=model)
+        assert control.should_training_stop is stopped and control.should_save is not stopped
+    with pytest.raises(RetortError, match=r"the grad norm is inf at step 7.*there is no checkpoint yet"):
+        finite.require()
 
 
 def test_a_run_that_goes_on_is_compared_with_the_start_of_the_whole_run() -> None:
@@ -82,9 +197,10 @@ def test_a_run_whose_chosen_answers_sink_ends_with_a_checkpoint_and_a_diagnosis(
     make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = {"path": str(write_rows(tmp_path / "pairs.jsonl", pairs()))}
-    guards = {"chosen_falls": 0.5, "window": 1}
+    guards = {"chosen_falls": 0.1, "window": 1}
     layout = {"tokens_per_step": 900, "seq_len": 128, "max_steps": 40, "learning_rate": 5e-2, "device": "cpu"}
-    path = make_recipe(method={"type": "dpo"}, data={"train": [source]}, train={**layout, "guards": guards})
+    method = {"type": "dpo", "loss": "apo_down", "beta": 1.0}  # it lowers both answers
+    path = make_recipe(method=method, data={"train": [source]}, train={**layout, "guards": guards})
     done = run_train(path)
     assert done.returncode == 1 and "stopped by a guard: the chosen answers' log-probability fell" in done.stderr
     assert "raise method.beta" in done.stderr and done.stderr.count("\n") == 1
