@@ -18,6 +18,7 @@ from finetune import distributed, evals, flops, reward_check
 from finetune import preflight as checks
 from finetune.arguments import Job
 from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
+from finetune.cards import require_torch
 from finetune.completions import Completions
 from finetune.guards import Guarding
 from finetune.layout import Device, Layout, model_facts, plan_layout
@@ -119,9 +120,12 @@ def write_masks(folder: Path, rows: Sequence[dict[str, Any]], tokenizer: Tokeniz
 
 
 def use_cores(device: Device) -> None:
-    """`accelerate launch` gives a lone process on a CPU one thread; take the cores that it may run on."""
+    """Make sure of the card, now that torch can be asked itself. `accelerate launch` gives a lone process on a CPU one
+    thread; take the cores that it may run on."""
     import torch
 
+    if device.kind == "cuda":
+        require_torch(device.name)
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and distributed.world() == 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.kind == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1" and cores > 1:
