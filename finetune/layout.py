@@ -137,10 +137,11 @@ def refuse_impossible(recipe: Recipe, device: Device, facts: ModelFacts | None) 
         RecipeError: rows may be longer than the model's context; a dtype that the device cannot train in.
     """
     if facts is not None and facts.context is not None and recipe.train.seq_len > facts.context:
+        unset = " (the default)" if "seq_len" not in recipe.train.model_fields_set else ""
         raise RecipeError(
-            f"{recipe.train.seq_len} tokens are more than the context of {recipe.model.base} ({facts.context})",
+            f"{recipe.train.seq_len} tokens{unset} are more than the context of {recipe.model.base} ({facts.context})",
             "train.seq_len",
-            f"set it to at most {facts.context}",
+            f"set it to at most {facts.context} (train: {{seq_len: {facts.context}}})",
         )
     if device.kind == "cpu" and recipe.model.dtype == "float16":
         raise RecipeError("float16 trains on a GPU only", "model.dtype", "set it to bfloat16 or float32")

@@ -38,6 +38,7 @@ from recipes.lineage import (
     verify,
     write_atomic,
 )
+from recipes.refs import path_of
 from recipes.schema import Recipe
 
 MASKED_ROWS = 6  # rows whose masks the report shows
@@ -223,7 +224,7 @@ def build(
     measuring = recipe.train.eval_every is not None and watched
     selection = Selection(recipe, tokenizer, watched, metrics, folder) if measuring else None
     guarding = Guarding(recipe.train.guards, tracker)
-    copies = Path(recipe.train.copy_checkpoints).expanduser() if recipe.train.copy_checkpoints else None
+    copies = path_of(recipe.train.copy_checkpoints) if recipe.train.copy_checkpoints else None
     preemption = Preemption(folder, getattr(recipe.method, "iterations", 1))
     checked = AdapterCheck(folder / "adapter_check")
     watch = Watch(checked, metrics, Progress(), guarding, selection, checkpoint, preemption)
