@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,17 +12,26 @@ import torch
 
 from data_prep.tokens import Tokenizer
 from finetune.callbacks import peak_memory
+from finetune.coverage import coverage, sizes, skeleton
 from finetune.layout import Layout
 from finetune.on_policy import longest_answers
 from finetune.policy import longest_completions
 from finetune.sequences import kept_randomness
-from recipes.errors import MemoryFitError, RecipeError, RetortError, out_of_memory
+from recipes.errors import MemoryFitError, RetortError, out_of_memory
 from recipes.schema import Recipe
 from recipes.schema_method import DistillOnPolicy
 
-# Fused and expert weights that peft's target_modules cannot reach, because they are parameters and no Linear modules.
-FUSED = {"qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "Wqkv", "W_pack"}
-_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+
+def before_loading(recipe: Recipe, run_dir: Path) -> None:
+    """Refuse on the shapes of the model alone what `check` would refuse after the base was loaded and measured.
+
+    Raises:
+        RecipeError: see `coverage`.
+        RetortError: too little disk space for the checkpoints.
+    """
+    if (model := skeleton(recipe)) is not None:
+        coverage(model, recipe)
+        _disk(run_dir, recipe, sizes(model)[1])
 
 
 def check(
@@ -38,12 +46,12 @@ def check(
     """Run every check that needs no step. Returns the content of preflight.json.
 
     Raises:
-        RecipeError: an adapter that covers nothing, or none of a model's experts.
+        RecipeError: see `coverage`.
         MemoryFitError: the longest batch does not fit.
         RetortError: too little disk space for the checkpoints.
     """
     model = trainer.model
-    total, trainable = _sizes(model)
+    total, trainable = sizes(model)
     cut = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # once training begins
     disk = _disk(run_dir, recipe, trainable)
     return {
@@ -58,102 +66,6 @@ def check(
         "probe": None if cut else probe(trainer, layout, longest_batch(trainer, recipe, layout, rows)),
         "adapter_check": None,
     }
-
-
-def _sizes(model: Any) -> tuple[int, int]:
-    """Parameters in all (4-bit weights counted as the weights they stand for) and those that train."""
-    total = trainable = 0
-    for parameter in model.parameters():
-        count = parameter.numel()
-        if (state := getattr(parameter, "quant_state", None)) is not None:
-            count = int(torch.Size(state.shape).numel())
-        total += count
-        trainable += parameter.numel() if parameter.requires_grad else 0
-    return total, trainable
-
-
-def coverage(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """Per type of weight-carrying module: how many there are, how many train, and why the others do not.
-
-    Raises:
-        RecipeError: nothing trains; a named target matches nothing; the model has experts and none of them trains.
-    """
-    kinds: dict[str, list[int]] = {}
-    for name, module in model.named_modules():
-        clean = _clean(name)
-        carries = hasattr(module, "lora_A") or any(True for _ in module.parameters(recurse=False))
-        if clean is None or not carries:
-            continue
-        kind = kinds.setdefault(_kind(clean), [0, 0])
-        kind[0] += 1
-        kind[1] += any(p.requires_grad for p in module.parameters())
-    rows = [
-        {"type": kind, "total": total, "adapted": adapted, "why": _why(kind, total, adapted, recipe)}
-        for kind, (total, adapted) in sorted(kinds.items(), key=lambda item: (-item[1][1], item[0]))
-    ]
-    _refuse_gaps(rows, recipe)
-    return rows
-
-
-def _clean(name: str) -> str | None:
-    """The base model's name of a module inside peft's wrappers; None for the wrappers' own parts."""
-    if re.search(
-        r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|original_module|lora_dropout)\b", name
-    ):
-        return None
-    name = re.sub(r"\.modules_to_save\.default$", "", name)
-    return name.removeprefix("base_model.model.")
-
-
-def _kind(name: str) -> str:
-    last = name.rsplit(".", 1)[-1]
-    if last.isdigit() and "." in name:
-        last = name.rsplit(".", 2)[-2]
-    return f"experts.{last}" if _EXPERTS.search(name) and last != "experts" else last
-
-
-def _why(kind: str, total: int, adapted: int, recipe: Recipe) -> str:
-    if adapted == total:
-        return ""
-    if recipe.adapter is None:
-        return "frozen by the model's code"
-    if "norm" in kind:
-        return "normalisation; LoRA adapts linear layers"
-    if "embed" in kind or kind == "wte":
-        return "embedding; name it in adapter.modules_to_save to train it"
-    if kind == "lm_head":
-        return "output head; left out by all-linear"
-    return "not among adapter.targets" if recipe.adapter.targets != "all-linear" else "no linear layer"
-
-
-def _refuse_gaps(rows: list[dict[str, Any]], recipe: Recipe) -> None:
-    if not any(r["adapted"] for r in rows):
-        raise RecipeError("no weight would train", "adapter.targets", "name linear modules of the model, or all-linear")
-    if recipe.adapter is None:
-        return
-    wanted = recipe.adapter.targets if isinstance(recipe.adapter.targets, tuple) else ()
-    for target in wanted:
-        if not any(r["adapted"] and (r["type"] == target or r["type"].endswith(f".{target}")) for r in rows):
-            if any(target.rsplit(".", 1)[-1] == r["type"].rsplit(".", 1)[-1] and r["adapted"] for r in rows):
-                continue
-            names = ", ".join(sorted({r["type"] for r in rows if "norm" not in r["type"]}))
-            raise RecipeError(f"target '{target}' adapts no module", "adapter.targets", f"the model has {names}")
-    missing = set(recipe.adapter.modules_to_save) - {r["type"].rsplit(".", 1)[-1] for r in rows if r["adapted"]}
-    if missing:
-        names = ", ".join(sorted({r["type"] for r in rows}))
-        raise RecipeError(f"{sorted(missing)} match no module", "adapter.modules_to_save", f"the model has {names}")
-    fused = [r["type"] for r in rows if r["type"] in FUSED and not r["adapted"]]
-    if fused:
-        raise RecipeError(
-            f"the fused projections {', '.join(fused)} are not covered", "adapter.targets", "name them as targets"
-        )
-    experts = [r for r in rows if r["type"] == "experts" or r["type"].startswith("experts.")]
-    if experts and not any(r["adapted"] for r in experts):
-        raise RecipeError(
-            "the model has experts and the adapter covers none of them",
-            "adapter.targets",
-            "name their weights in adapter.target_parameters, such as mlp.experts.gate_up_proj",
-        )
 
 
 def special_tokens(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from finetune.arguments import Job
 from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
 from finetune.cards import require_torch
 from finetune.completions import Completions
+from finetune.coverage import frozen
 from finetune.guards import Guarding
 from finetune.layout import Device, Layout, model_facts, plan_layout
 from finetune.models import load_start
@@ -132,6 +133,11 @@ def use_cores(device: Device) -> None:
     if device.kind == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1" and cores > 1:
         torch.set_num_threads(cores)
         say(f"accelerate launch set one thread; using {cores} (--num_cpu_threads_per_process {cores} says so itself)")
+
+
+def foresee(recipe: Recipe, folder: Path) -> None:
+    """Refuse an adapter that leaves out what it should reach, and too small a disk, before anything is loaded."""
+    checks.before_loading(recipe, folder)
 
 
 def load(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
@@ -271,8 +277,7 @@ def preflight(
     if is_main():
         write_atomic(folder / "preflight.json", json.dumps(found, indent=2) + "\n")
     trains = ", ".join(f"{c['type']} {c['adapted']}/{c['total']}" for c in found["coverage"] if c["adapted"])
-    frozen = ", ".join(c["type"] for c in found["coverage"] if not c["adapted"]) or "nothing"
-    say(f"trains: {trains}; frozen: {frozen}")
+    say(f"trains: {trains}", f"frozen: {frozen(found['coverage'])}")
     say(
         f"{found['trainable_parameters']:,} of {found['total_parameters']:,} parameters train; "
         f"{found['truncated_rows']} rows cut ({found['lost_tokens']} tokens lost)"

@@ -104,6 +104,7 @@ def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset])
     say(*tokenizer.notes)
     stages.show_data(prepared)
     layout = stages.write_layout(recipe, device, prepared, folder)
+    stages.foresee(recipe, folder)
     rows = read_rows(prepared.folder, "train")
     if recipe.method.key == "on_policy":
         say(*check_on_policy(recipe, tokenizer, rows))
