@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_prep.tokens import Tokenizer
+from data_prep.completions import end_ids
+from data_prep.pairing import end_tokens
+from data_prep.tokens import Tokenizer, fetch
 from finetune.callbacks import peak_memory
 from finetune.coverage import coverage, sizes, skeleton
 from finetune.layout import Layout
 from finetune.on_policy import longest_answers
 from finetune.policy import longest_completions
 from finetune.sequences import kept_randomness
-from recipes.errors import MemoryFitError, RetortError, out_of_memory
+from recipes.errors import DataError, MemoryFitError, RetortError, out_of_memory
 from recipes.schema import Recipe
 from recipes.schema_method import DistillOnPolicy
 
 
-def before_loading(recipe: Recipe, run_dir: Path) -> None:
-    """Refuse on the shapes of the model alone what `check` would refuse after the base was loaded and measured.
+def before_loading(recipe: Recipe, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], run_dir: Path) -> None:
+    """Refuse by the rows and by the shapes of the model what `check` would refuse after the base was measured.
 
     Raises:
-        RecipeError: see `coverage`.
+        RecipeError: see `coverage`. DataError: see `special_tokens`.
         RetortError: too little disk space for the checkpoints.
     """
+    special_tokens(tokenizer, rows, recipe)
     if (model := skeleton(recipe)) is not None:
         coverage(model, recipe)
         _disk(run_dir, recipe, sizes(model)[1])
@@ -69,19 +73,17 @@ def check(
 
 
 def special_tokens(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
-    """End of turn is trained, padding is not the end token, no doubled begin token; over all training rows."""
+    """End of turn is trained, padding is not the end token, no doubled begin token; over all training rows.
+
+    Raises:
+        DataError: the loss of a chat ends with another token than one that ends a turn: it would never learn to stop.
+    """
     backend = tokenizer.backend
-    ended = sum(_ends_turn(row, backend) for row in rows)
     bos = backend.bos_token_id
     doubled = sum(bos is not None and row["input_ids"][:2] == [bos, bos] for row in rows)
-    cut = sum(1 for row in rows if row["cut_tokens"])
-    end = {
-        "check": "the end of the turn is trained",
-        "ok": ended >= len(rows) - cut,
-        "detail": f"{ended} of {len(rows)} rows end their last trained span with a special token",
-    }
+    # Of a prompt the completion is yet to be written.
     return [
-        *([end] if not recipe.prompts_only else []),  # its rows are prompts; the completions are yet to be written
+        *(_ends(backend, rows, recipe) if not recipe.prompts_only else ()),
         {
             "check": "padding is not the end token",
             "ok": backend.pad_token_id != backend.eos_token_id,
@@ -95,12 +97,42 @@ def special_tokens(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], recipe:
     ]
 
 
-def _ends_turn(row: dict[str, Any], backend: Any) -> bool:
-    last = max((i for i, trained in enumerate(row["loss_mask"]) if trained), default=None)
-    if last is None:
-        return False
-    token = row["input_ids"][last]
-    return token == backend.eos_token_id or token in backend.added_tokens_decoder
+def _ends(backend: Any, rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
+    """With which tokens the loss of the chats ends, and whether generation stops there. Plain text may end anywhere."""
+    stops = end_tokens(backend, fetch(recipe.model.ref, False))
+    known = stops | end_ids(backend)
+    found: Counter[int] = Counter()
+    for row in rows:
+        if row["text"] is not None or row["cut_tokens"]:
+            continue
+        last = next((i for i in range(len(row["loss_mask"]) - 1, -1, -1) if row["loss_mask"][i]), None)
+        token = row["input_ids"][last] if last is not None else None
+        if token not in known:
+            says = f"the loss ends with {backend.convert_ids_to_tokens(token)!r}" if token is not None else "no loss"
+            raise DataError(
+                f"{says}, which ends no turn, so the model would not learn to stop",
+                f"{row['_source']} (row {row['_id']})",
+                "look at it with retort prepare --show-masks, and correct the chat template or the row",
+            )
+        found[token] += 1
+    if not found:
+        return []
+
+    def names(tokens: Iterable[int]) -> str:
+        return ", ".join(repr(backend.convert_ids_to_tokens(token)) for token in sorted(tokens))
+
+    return [
+        {
+            "check": "the end of the turn is trained",
+            "ok": True,
+            "detail": f"{found.total()} rows end with {names(found)}",
+        },
+        {
+            "check": "generation stops at the end of the turn",
+            "ok": found.keys() <= stops,
+            "detail": f"it stops at {names(stops)}",
+        },
+    ]
 
 
 def probe(trainer: Any, layout: Layout, batch: dict[str, Any]) -> dict[str, Any]:

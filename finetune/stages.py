@@ -135,9 +135,9 @@ def use_cores(device: Device) -> None:
         say(f"accelerate launch set one thread; using {cores} (--num_cpu_threads_per_process {cores} says so itself)")
 
 
-def foresee(recipe: Recipe, folder: Path) -> None:
-    """Refuse an adapter that leaves out what it should reach, and too small a disk, before anything is loaded."""
-    checks.before_loading(recipe, folder)
+def foresee(recipe: Recipe, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Refuse an adapter that leaves out what it should reach, too small a disk, rows that never end: before loading."""
+    checks.before_loading(recipe, tokenizer, rows, folder)
 
 
 def load(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:

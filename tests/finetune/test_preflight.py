@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import run_train
+
+from data_prep.tokens import load_tokenizer
+from finetune.preflight import special_tokens
+from recipes.errors import DataError
+from recipes.schema import Recipe
 
 
 @pytest.mark.slow
@@ -33,3 +39,37 @@ def test_preflight_is_printed_kept_and_finds_bad_targets(make_recipe: Callable[.
         "lm_head (output head)"
     ) in done.stdout
     assert "trains: down_proj 2/2" in done.stdout and "ok: padding is not the end token" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        ("<|im_end|>", ["ok", "ok"]),
+        ("<|eot|>", ["ok", "LOOK"]),  # ends the turn, and the base stops elsewhere
+        ("</think>", "the loss ends with '</think>', which ends no turn"),
+        (
+            "red",
+            "which ends no turn, so the model would not learn to stop; look at it with retort prepare --show-masks",
+        ),
+    ],
+)
+def test_the_loss_ends_with_what_ends_a_turn(end: str, says: Any, tiny_model: Path) -> None:
+    asked = Recipe.model_validate(
+        {"name": "x", "model": {"base": str(tiny_model)}, "data": {"train": [{"path": "x.jsonl"}]}}
+    )
+    tokenizer = load_tokenizer(asked.model)
+    tokenizer.backend.add_tokens(["</think>"])
+    tokenizer.backend.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    ids = tokenizer.backend("<|im_start|>assistant\nblue" + end, add_special_tokens=False)["input_ids"]
+    row = {"_id": "1", "_source": "r.jsonl:1", "text": None, "input_ids": ids, "cut_tokens": 0}
+    row["loss_mask"] = [i > 2 for i in range(len(ids))]
+    cut, plain = {**row, "cut_tokens": 3, "loss_mask": [False] * len(ids)}, {**row, "text": "red", "input_ids": [9] * 9}
+    rows = [row, cut, plain]
+    if isinstance(says, str):
+        with pytest.raises(DataError) as caught:
+            special_tokens(tokenizer, rows, asked)
+        assert str(caught.value).startswith("r.jsonl:1 (row 1): the loss ends with") and says in str(caught.value)
+    else:
+        found = special_tokens(tokenizer, rows, asked)[:2]
+        assert ["ok" if item["ok"] else "LOOK" for item in found] == says
+        assert found[0]["detail"] == f"1 rows end with '{end}'"
