@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from data_prep.pairing import end_tokens
 from data_prep.tokens import Tokenizer, fetch
 from finetune.callbacks import peak_memory
 from finetune.coverage import coverage, sizes, skeleton
+from finetune.evals import measure
 from finetune.layout import Layout
 from finetune.on_policy import longest_answers
 from finetune.policy import longest_completions
-from finetune.sequences import kept_randomness
+from finetune.sequences import batches_of, kept_randomness, tokens_per_forward
 from recipes.errors import DataError, MemoryFitError, RetortError, out_of_memory
 from recipes.schema import Recipe
 from recipes.schema_method import DistillOnPolicy
+
+PROBED_ANSWER = 8  # tokens: enough to fill the cache with the prompts and to write on
 
 
 def before_loading(recipe: Recipe, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], run_dir: Path) -> None:
@@ -44,10 +48,15 @@ def check(
     tokenizer: Tokenizer,
     trainer: Any,
     rows: Sequence[dict[str, Any]],
+    measured: Sequence[dict[str, Any]],
     counts: dict[str, Any],
     run_dir: Path,
 ) -> dict[str, Any]:
     """Run every check that needs no step. Returns the content of preflight.json.
+
+    Args:
+        rows: training rows. measured: held-out rows that base and tuned model are measured on.
+        counts: of the prepared data.
 
     Raises:
         RecipeError: see `coverage`.
@@ -58,6 +67,10 @@ def check(
     total, trainable = sizes(model)
     cut = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # once training begins
     disk = _disk(run_dir, recipe, trainable)
+    probed: dict[str, Any] | None = None
+    if not cut:
+        probed = probe(trainer, layout, longest_batch(trainer, recipe, layout, rows))
+        probed |= probe_measurement(model, recipe, tokenizer, measured)
     return {
         "coverage": coverage(model, recipe),
         "trainable_parameters": trainable,
@@ -67,7 +80,7 @@ def check(
         "lost_tokens": counts["lost_tokens"],
         "special_tokens": special_tokens(tokenizer, rows, recipe),
         "disk": disk,
-        "probe": None if cut else probe(trainer, layout, longest_batch(trainer, recipe, layout, rows)),
+        "probe": probed,
         "adapter_check": None,
     }
 
@@ -136,7 +149,7 @@ def _ends(backend: Any, rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[
 
 
 def probe(trainer: Any, layout: Layout, batch: dict[str, Any]) -> dict[str, Any]:
-    """Run the longest training batch (forward and backward) and one without gradients, then forget them.
+    """Run the longest training batch, forward and backward, and forget it.
 
     Random states are put back, so the run's numbers are those it would have had without the probe.
 
@@ -145,27 +158,52 @@ def probe(trainer: Any, layout: Layout, batch: dict[str, Any]) -> dict[str, Any]
     """
     model = trainer.model
     tokens = max(int(v.numel()) for v in batch.values() if torch.is_tensor(v) and v.dim() == 2)
+    smaller = max(1, layout.micro_batch // 2)
+    remedy = f"set train.micro_batch: {smaller}" if layout.micro_batch > 1 else "shorten train.seq_len"
+    with _fitting(f"the longest batch ({layout.micro_batch} rows, {tokens:,} tokens)", remedy):
+        seconds = _timed_step(trainer, model, batch)
+    return {"train_tokens": tokens, "train_seconds": seconds, "peak_memory_bytes": peak_memory()}
+
+
+def probe_measurement(
+    model: Any, recipe: Recipe, tokenizer: Tokenizer, measured: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Measure the longest batch of held-out rows as the run will: their loss, and answers of a few tokens.
+
+    Returns its padded tokens, the tokens of an answer and the seconds; nothing where no row is held out.
+
+    Raises:
+        MemoryFitError: out of memory.
+    """
+    if not measured:
+        return {}
+    lengths = [max(len(row["input_ids"]), len(row["rejected_ids"] or ())) for row in measured]
+    longest = batches_of(lengths, tokens_per_forward(model))[0]
+    answer = min(PROBED_ANSWER, recipe.eval.max_new_tokens)
+    short = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"max_new_tokens": answer})})
+    # A reward may ask a judge; what it costs in memory is the answer that it marks.
+    metrics = {"exact_match" if metric == "reward" else metric for metric in recipe.eval.metrics}
+    tokens, started = len(longest) * max(lengths), time.monotonic()
+    with _fitting(f"a measurement of {len(longest)} held-out rows ({tokens:,} tokens)", "shorten train.seq_len"):
+        measure(model, tokenizer, [measured[i] for i in longest], short, "pre-flight", sorted(metrics))
+    seconds = round(time.monotonic() - started, 3)
+    found = {"eval_rows": len(longest), "eval_tokens": tokens, "eval_answer_tokens": answer, "eval_seconds": seconds}
+    return {**found, "peak_memory_bytes": peak_memory()}
+
+
+@contextmanager
+def _fitting(what: str, remedy: str) -> Iterator[None]:
+    """Random states are put back, and memory is given back; that it ran out is said in one line."""
     try:
         with kept_randomness():
-            seconds, evaluation = _timed_passes(trainer, model, batch)
+            yield
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        smaller = max(1, layout.micro_batch // 2)
-        remedy = f"set train.micro_batch: {smaller}" if layout.micro_batch > 1 else "shorten train.seq_len"
-        raise MemoryFitError(
-            f"the longest batch ({layout.micro_batch} rows, {tokens:,} tokens) does not fit", "pre-flight", remedy
-        ) from None
+        raise MemoryFitError(f"{what} does not fit", "pre-flight", remedy) from None
     finally:
-        model.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return {
-        "train_tokens": tokens,
-        "train_seconds": seconds,
-        "eval_seconds": evaluation,
-        "peak_memory_bytes": peak_memory(),
-    }
 
 
 def longest_batch(trainer: Any, recipe: Recipe, layout: Layout, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -182,7 +220,8 @@ def longest_batch(trainer: Any, recipe: Recipe, layout: Layout, rows: Sequence[d
     return batch
 
 
-def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[float, float]:
+def _timed_step(trainer: Any, model: Any, batch: dict[str, Any]) -> float:
+    """Seconds of a forward and a backward, whose gradients and logged numbers are dropped."""
     device = trainer.args.device
     moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
     if trainer.args.gradient_checkpointing:
@@ -192,17 +231,16 @@ def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[floa
     model.train()
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(model, dict(moved))
-    trainer.accelerator.backward(loss)
-    middle = time.monotonic()
-    model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        trainer.compute_loss(model, dict(moved))
+    try:
+        trainer.accelerator.backward(loss)
+    finally:
+        model.zero_grad(set_to_none=True)
+    seconds = round(time.monotonic() - started, 3)
     logged = trainer._metrics if hasattr(trainer, "_metrics") else trainer._stored_metrics
     for metrics in logged.values():  # TRL averages what it logs over calls; the probe is none of them
         metrics.clear()
     trainer._total_train_tokens = 0
-    model.train()
-    return round(middle - started, 3), round(time.monotonic() - middle, 3)
+    return seconds
 
 
 def _disk(run_dir: Path, recipe: Recipe, trainable: int) -> dict[str, int]:

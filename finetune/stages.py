@@ -269,11 +269,12 @@ def preflight(
     tokenizer: Tokenizer,
     trainer: Any,
     rows: list[dict[str, Any]],
+    measured: list[dict[str, Any]],
     prepared: Prepared,
     folder: Path,
 ) -> dict[str, Any]:
     """Check what can be checked before the first step; print it and keep it."""
-    found = checks.check(recipe, layout, tokenizer, trainer, rows, prepared.counts, folder)
+    found = checks.check(recipe, layout, tokenizer, trainer, rows, measured, prepared.counts, folder)
     if is_main():
         write_atomic(folder / "preflight.json", json.dumps(found, indent=2) + "\n")
     trains = ", ".join(f"{c['type']} {c['adapted']}/{c['total']}" for c in found["coverage"] if c["adapted"])
@@ -290,6 +291,11 @@ def preflight(
         return found
     peak = probe["peak_memory_bytes"] / 2**30
     say(f"longest batch: {probe['train_tokens']:,} tokens in {probe['train_seconds']} s, peak {peak:.2f} GiB")
+    if "eval_tokens" in probe:
+        say(
+            f"longest measurement: {probe['eval_rows']} held-out rows, {probe['eval_tokens']:,} tokens, and answers of "
+            f"{probe['eval_answer_tokens']} in {probe['eval_seconds']} s"
+        )
     return found
 
 

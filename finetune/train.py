@@ -124,7 +124,7 @@ def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset])
     layout = stages.rewards(recipe, layout, tokenizer, model, rows, folder)
     tracker = tracking.start(asked, folder, opened.id) if is_main() else tracking.Tracker()
     trainer, watch = stages.build(recipe, layout, tokenizer, model, rows, watched, folder, tracker, known)
-    preflight = stages.preflight(recipe, layout, tokenizer, trainer, rows, prepared, folder)
+    preflight = stages.preflight(recipe, layout, tokenizer, trainer, rows, measured, prepared, folder)
     stages.fit(trainer, watch, preflight, folder)
     results.save(recipe, trainer, tokenizer, folder)
 

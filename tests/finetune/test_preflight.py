@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import run_train
 
+from data_prep.assemble import read_rows
 from data_prep.tokens import load_tokenizer
 from finetune.preflight import special_tokens
 from recipes.errors import DataError
@@ -32,6 +33,11 @@ def test_preflight_is_printed_kept_and_finds_bad_targets(make_recipe: Callable[.
     # r * (in + out) per layer: q 96, o 96, k 72, v 72, gate 144, up 144, down 144 -> 768 * r=4 * 2 layers
     assert kept["trainable_parameters"] == 4 * 768 * 2
     assert 0.05 < kept["trained_token_share"] < 0.15 and all(item["ok"] for item in kept["special_tokens"])
+    lengths = [row["input_ids"] for row in read_rows(tmp_path / "run" / "data", "eval")]
+    probe = kept["probe"]  # 12 rows are held out, 8 of them measured, all of which fit into one batch
+    assert probe["eval_rows"] == 8 and probe["eval_answer_tokens"] == 6
+    assert probe["eval_tokens"] % 8 == 0 and probe["eval_tokens"] // 8 in map(len, lengths)
+    assert f"longest measurement: 8 held-out rows, {probe['eval_tokens']:,} tokens, and answers of 6 in" in done.stdout
     assert kept["probe"]["peak_memory_bytes"] > 10**8 and kept["disk"]["free_bytes"] > kept["disk"]["needed_bytes"]
     assert kept["adapter_check"]["reloads"] is True and kept["adapter_check"]["max_abs_change"] > 0
     assert (
