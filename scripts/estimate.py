@@ -131,6 +131,9 @@ def _counted(recipe: Recipe, source: Source) -> Count:
         number, some = _looked_over(file, source.limit)
         rows += number
         taken += some
+    if not rows:
+        remedy = "an empty file trains nothing; remove the source or fill it"
+        raise DataError("holds no rows", str(source), remedy)
     if source.limit is not None:
         rows = min(rows, source.limit)
     _, taken = _spread(taken, None)  # of a folder of thousands of files not all
