@@ -303,6 +303,9 @@ def fit(trainer: Any, watch: Watch, found: dict[str, Any], folder: Path) -> None
     """Train, from the newest whole checkpoint where there is one."""
     if watch.checkpoint is not None:
         say(f"resuming from {watch.checkpoint.name}")
+        if int(watch.checkpoint.name.rpartition("-")[2]) >= trainer.args.max_steps:
+            # All steps are made, and the end is missing. Within an epoch transformers would make one more.
+            trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     watch.preemption.listen()
     try:
         with writing(folder):
