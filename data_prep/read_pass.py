@@ -217,7 +217,7 @@ class _Pass:
                     raise record
                 row = to_row(record, place, self.job.piece.source)
                 if self.job.role != "benchmark":
-                    _fits_method(self.job.recipe, row)
+                    fits_method(self.job.recipe, row)
             except BadRecord as error:
                 if self.job.recipe.data.on_bad_row == "stop":
                     raise
@@ -340,7 +340,8 @@ def _paragraphs(row: Row) -> list[int]:
     return [_hash(line.casefold()) for line in lines if len(line.split()) >= PARAGRAPH_WORDS]
 
 
-def _fits_method(recipe: Recipe, row: Row) -> None:
+def fits_method(recipe: Recipe, row: Row) -> None:
+    """Raise BadRecord for a row of a kind that the recipe's method does not read."""
     kind, method = row.kind, recipe.method
     if kind in method.kinds or (kind == "text" and recipe.data.requests):
         return

@@ -13,8 +13,8 @@ from typing import Any
 
 from data_prep.tokens import Tokenizer
 from finetune import distributed
+from finetune.config_fields import fields_of
 from finetune.layout import Layout
-from finetune.models import adapter_config
 from recipes.errors import RecipeError
 from recipes.schema import Recipe
 
@@ -172,11 +172,36 @@ CONFIGS = {
 }
 
 
-def config_class(recipe: Recipe) -> Any:
-    """TRL's config class of the recipe's method."""
+def _config_name(recipe: Recipe) -> tuple[str, str]:
+    """Module and name of TRL's config class of the recipe's method."""
     across = getattr(recipe.method, "cross_tokenizer", False)
     module, _, name = ("trl.experimental.gold:GOLDConfig" if across else CONFIGS[recipe.method.key]).partition(":")
+    return module, name
+
+
+def config_class(recipe: Recipe) -> Any:
+    """TRL's config class of the recipe's method."""
+    module, name = _config_name(recipe)
     return getattr(importlib.import_module(module), name)
+
+
+def check_names(recipe: Recipe) -> None:
+    """Check the names in `train.extra` without importing the class that takes them.
+
+    Raises:
+        RecipeError: an unknown field, or one that a recipe key decides.
+    """
+    if not recipe.train.extra:
+        return
+    _, config = _config_name(recipe)
+    owned, fields = OWNED | METHOD_OWNED.get(recipe.method.key, {}), fields_of(config)
+    for name in recipe.train.extra:
+        place = f"train.extra.{name}"
+        if name in owned:
+            raise RecipeError(f"'{name}' is decided by the recipe itself", place, f"set {owned[name]}")
+        if fields is not None and name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            raise RecipeError(f"no such field of {config}", place, f"did you mean '{close[0]}'?" if close else None)
 
 
 def check_extra(recipe: Recipe) -> None:
@@ -187,17 +212,13 @@ def check_extra(recipe: Recipe) -> None:
     """
     if not recipe.train.extra:
         return
+    check_names(recipe)
     config = config_class(recipe)
-    owned = OWNED | METHOD_OWNED.get(recipe.method.key, {})
     fields = {f.name: f for f in dataclasses.fields(config) if f.init}
     for name, value in recipe.train.extra.items():
         place = f"train.extra.{name}"
-        if name in owned:
-            raise RecipeError(f"'{name}' is decided by the recipe itself", place, f"set {owned[name]}")
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else None
-            raise RecipeError(f"no such field of {config.__name__}", place, hint)
+            raise RecipeError(f"no such field of {config.__name__}", place)
         choices = fields[name].metadata.get("choices")
         if choices and value not in choices:
             raise RecipeError(f"must be one of {', '.join(map(str, choices))}, not {value!r}", place)
@@ -215,6 +236,8 @@ def make_trainer(kind: Any, job: Job, config: Any, data: Any, **more: Any) -> An
     """
     import datasets
     from transformers.trainer_callback import PrinterCallback
+
+    from finetune.models import adapter_config  # torch, which `retort plan` does without
 
     datasets.disable_progress_bars()  # of steps that take no time: the rows are prepared
     fresh = job.recipe.adapter is not None and not hasattr(job.model, "peft_config")

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import struct
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.model_files import cached_of, context_of, tensors_of
 from finetune import distributed
+from finetune.cards import first_card, require_torch
 from recipes.errors import MemoryFitError, RecipeError
 from recipes.refs import parse_ref
 from recipes.schema import Recipe
@@ -77,28 +76,21 @@ class Layout:
 def find_device(wanted: str) -> Device:
     """The device of a run: an NVIDIA card where one answers (or the recipe pins it), else the processor.
 
+    CUDA_VISIBLE_DEVICES hides cards, as it does from torch. Where torch is loaded already it is asked itself.
+
     Raises:
-        RecipeError: train.device is cuda and no card answers.
+        RecipeError: train.device is cuda and no card answers; a card answers, and torch cannot use it.
     """
-    card = _nvidia() if wanted != "cpu" else None
+    card = first_card() if wanted != "cpu" else None
     if card is not None:
-        return card
+        require_torch(card.name)
+        return Device("cuda", card.memory_bytes, card.name)
     if wanted == "cuda":
-        raise RecipeError("no NVIDIA card answers", "train.device", "set it to auto, or look at nvidia-smi")
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason = f" (CUDA_VISIBLE_DEVICES is '{hidden}')" if hidden is not None else ""
+        raise RecipeError(f"no NVIDIA card answers{reason}", "train.device", "set it to auto, or look at nvidia-smi")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device("cpu", memory, f"{os.cpu_count()} processor cores")
-
-
-def _nvidia() -> Device | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-        memory, name = lines[0].split(",", 1)
-        return Device("cuda", int(memory) * 2**20, name.strip())
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
 
 
 def compute_dtype(recipe: Recipe, device: Device) -> str:
@@ -145,10 +137,11 @@ def refuse_impossible(recipe: Recipe, device: Device, facts: ModelFacts | None) 
         RecipeError: rows may be longer than the model's context; a dtype that the device cannot train in.
     """
     if facts is not None and facts.context is not None and recipe.train.seq_len > facts.context:
+        unset = " (the default)" if "seq_len" not in recipe.train.model_fields_set else ""
         raise RecipeError(
-            f"{recipe.train.seq_len} tokens are more than the context of {recipe.model.base} ({facts.context})",
+            f"{recipe.train.seq_len} tokens{unset} are more than the context of {recipe.model.base} ({facts.context})",
             "train.seq_len",
-            f"set it to at most {facts.context}",
+            f"set it to at most {facts.context} (train: {{seq_len: {facts.context}}})",
         )
     if device.kind == "cpu" and recipe.model.dtype == "float16":
         raise RecipeError("float16 trains on a GPU only", "model.dtype", "set it to bfloat16 or float32")

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_prep.tokens import Tokenizer
+from data_prep.completions import end_ids
+from data_prep.pairing import end_tokens
+from data_prep.tokens import Tokenizer, fetch
 from finetune.callbacks import peak_memory
+from finetune.coverage import coverage, sizes, skeleton
+from finetune.evals import measure
 from finetune.layout import Layout
 from finetune.on_policy import longest_answers
 from finetune.policy import longest_completions
-from finetune.sequences import kept_randomness
-from recipes.errors import MemoryFitError, RecipeError, RetortError, out_of_memory
+from finetune.sequences import batches_of, kept_randomness, tokens_per_forward
+from recipes.errors import DataError, MemoryFitError, RetortError, out_of_memory
 from recipes.schema import Recipe
 from recipes.schema_method import DistillOnPolicy
 
-# Fused and expert weights that peft's target_modules cannot reach, because they are parameters and no Linear modules.
-FUSED = {"qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "Wqkv", "W_pack"}
-_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+PROBED_ANSWER = 8  # tokens: enough to fill the cache with the prompts and to write on
+
+
+def before_loading(recipe: Recipe, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], run_dir: Path) -> None:
+    """Refuse by the rows and by the shapes of the model what `check` would refuse after the base was measured.
+
+    Raises:
+        RecipeError: see `coverage`. DataError: see `special_tokens`.
+        RetortError: too little disk space for the checkpoints.
+    """
+    special_tokens(tokenizer, rows, recipe)
+    if (model := skeleton(recipe)) is not None:
+        coverage(model, recipe)
+        _disk(run_dir, recipe, sizes(model)[1])
 
 
 def check(
@@ -32,20 +48,29 @@ def check(
     tokenizer: Tokenizer,
     trainer: Any,
     rows: Sequence[dict[str, Any]],
+    measured: Sequence[dict[str, Any]],
     counts: dict[str, Any],
     run_dir: Path,
 ) -> dict[str, Any]:
     """Run every check that needs no step. Returns the content of preflight.json.
 
+    Args:
+        rows: training rows. measured: held-out rows that base and tuned model are measured on.
+        counts: of the prepared data.
+
     Raises:
-        RecipeError: an adapter that covers nothing, or none of a model's experts.
+        RecipeError: see `coverage`.
         MemoryFitError: the longest batch does not fit.
         RetortError: too little disk space for the checkpoints.
     """
     model = trainer.model
-    total, trainable = _sizes(model)
+    total, trainable = sizes(model)
     cut = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # once training begins
     disk = _disk(run_dir, recipe, trainable)
+    probed: dict[str, Any] | None = None
+    if not cut:
+        probed = probe(trainer, layout, longest_batch(trainer, recipe, layout, rows))
+        probed |= probe_measurement(model, recipe, tokenizer, measured)
     return {
         "coverage": coverage(model, recipe),
         "trainable_parameters": trainable,
@@ -55,121 +80,23 @@ def check(
         "lost_tokens": counts["lost_tokens"],
         "special_tokens": special_tokens(tokenizer, rows, recipe),
         "disk": disk,
-        "probe": None if cut else probe(trainer, layout, longest_batch(trainer, recipe, layout, rows)),
+        "probe": probed,
         "adapter_check": None,
     }
 
 
-def _sizes(model: Any) -> tuple[int, int]:
-    """Parameters in all (4-bit weights counted as the weights they stand for) and those that train."""
-    total = trainable = 0
-    for parameter in model.parameters():
-        count = parameter.numel()
-        if (state := getattr(parameter, "quant_state", None)) is not None:
-            count = int(torch.Size(state.shape).numel())
-        total += count
-        trainable += parameter.numel() if parameter.requires_grad else 0
-    return total, trainable
-
-
-def coverage(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """Per type of weight-carrying module: how many there are, how many train, and why the others do not.
+def special_tokens(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
+    """End of turn is trained, padding is not the end token, no doubled begin token; over all training rows.
 
     Raises:
-        RecipeError: nothing trains; a named target matches nothing; the model has experts and none of them trains.
+        DataError: the loss of a chat ends with another token than one that ends a turn: it would never learn to stop.
     """
-    kinds: dict[str, list[int]] = {}
-    for name, module in model.named_modules():
-        clean = _clean(name)
-        carries = hasattr(module, "lora_A") or any(True for _ in module.parameters(recurse=False))
-        if clean is None or not carries:
-            continue
-        kind = kinds.setdefault(_kind(clean), [0, 0])
-        kind[0] += 1
-        kind[1] += any(p.requires_grad for p in module.parameters())
-    rows = [
-        {"type": kind, "total": total, "adapted": adapted, "why": _why(kind, total, adapted, recipe)}
-        for kind, (total, adapted) in sorted(kinds.items(), key=lambda item: (-item[1][1], item[0]))
-    ]
-    _refuse_gaps(rows, recipe)
-    return rows
-
-
-def _clean(name: str) -> str | None:
-    """The base model's name of a module inside peft's wrappers; None for the wrappers' own parts."""
-    if re.search(
-        r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|original_module|lora_dropout)\b", name
-    ):
-        return None
-    name = re.sub(r"\.modules_to_save\.default$", "", name)
-    return name.removeprefix("base_model.model.")
-
-
-def _kind(name: str) -> str:
-    last = name.rsplit(".", 1)[-1]
-    if last.isdigit() and "." in name:
-        last = name.rsplit(".", 2)[-2]
-    return f"experts.{last}" if _EXPERTS.search(name) and last != "experts" else last
-
-
-def _why(kind: str, total: int, adapted: int, recipe: Recipe) -> str:
-    if adapted == total:
-        return ""
-    if recipe.adapter is None:
-        return "frozen by the model's code"
-    if "norm" in kind:
-        return "normalisation; LoRA adapts linear layers"
-    if "embed" in kind or kind == "wte":
-        return "embedding; name it in adapter.modules_to_save to train it"
-    if kind == "lm_head":
-        return "output head; left out by all-linear"
-    return "not among adapter.targets" if recipe.adapter.targets != "all-linear" else "no linear layer"
-
-
-def _refuse_gaps(rows: list[dict[str, Any]], recipe: Recipe) -> None:
-    if not any(r["adapted"] for r in rows):
-        raise RecipeError("no weight would train", "adapter.targets", "name linear modules of the model, or all-linear")
-    if recipe.adapter is None:
-        return
-    wanted = recipe.adapter.targets if isinstance(recipe.adapter.targets, tuple) else ()
-    for target in wanted:
-        if not any(r["adapted"] and (r["type"] == target or r["type"].endswith(f".{target}")) for r in rows):
-            if any(target.rsplit(".", 1)[-1] == r["type"].rsplit(".", 1)[-1] and r["adapted"] for r in rows):
-                continue
-            names = ", ".join(sorted({r["type"] for r in rows if "norm" not in r["type"]}))
-            raise RecipeError(f"target '{target}' adapts no module", "adapter.targets", f"the model has {names}")
-    missing = set(recipe.adapter.modules_to_save) - {r["type"].rsplit(".", 1)[-1] for r in rows if r["adapted"]}
-    if missing:
-        names = ", ".join(sorted({r["type"] for r in rows}))
-        raise RecipeError(f"{sorted(missing)} match no module", "adapter.modules_to_save", f"the model has {names}")
-    fused = [r["type"] for r in rows if r["type"] in FUSED and not r["adapted"]]
-    if fused:
-        raise RecipeError(
-            f"the fused projections {', '.join(fused)} are not covered", "adapter.targets", "name them as targets"
-        )
-    experts = [r for r in rows if r["type"] == "experts" or r["type"].startswith("experts.")]
-    if experts and not any(r["adapted"] for r in experts):
-        raise RecipeError(
-            "the model has experts and the adapter covers none of them",
-            "adapter.targets",
-            "name their weights in adapter.target_parameters, such as mlp.experts.gate_up_proj",
-        )
-
-
-def special_tokens(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
-    """End of turn is trained, padding is not the end token, no doubled begin token; over all training rows."""
     backend = tokenizer.backend
-    ended = sum(_ends_turn(row, backend) for row in rows)
     bos = backend.bos_token_id
     doubled = sum(bos is not None and row["input_ids"][:2] == [bos, bos] for row in rows)
-    cut = sum(1 for row in rows if row["cut_tokens"])
-    end = {
-        "check": "the end of the turn is trained",
-        "ok": ended >= len(rows) - cut,
-        "detail": f"{ended} of {len(rows)} rows end their last trained span with a special token",
-    }
+    # Of a prompt the completion is yet to be written.
     return [
-        *([end] if not recipe.prompts_only else []),  # its rows are prompts; the completions are yet to be written
+        *(_ends(backend, rows, recipe) if not recipe.prompts_only else ()),
         {
             "check": "padding is not the end token",
             "ok": backend.pad_token_id != backend.eos_token_id,
@@ -183,16 +110,46 @@ def special_tokens(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], recipe:
     ]
 
 
-def _ends_turn(row: dict[str, Any], backend: Any) -> bool:
-    last = max((i for i, trained in enumerate(row["loss_mask"]) if trained), default=None)
-    if last is None:
-        return False
-    token = row["input_ids"][last]
-    return token == backend.eos_token_id or token in backend.added_tokens_decoder
+def _ends(backend: Any, rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
+    """With which tokens the loss of the chats ends, and whether generation stops there. Plain text may end anywhere."""
+    stops = end_tokens(backend, fetch(recipe.model.ref, False))
+    known = stops | end_ids(backend)
+    found: Counter[int] = Counter()
+    for row in rows:
+        if row["text"] is not None or row["cut_tokens"]:
+            continue
+        last = next((i for i in range(len(row["loss_mask"]) - 1, -1, -1) if row["loss_mask"][i]), None)
+        token = row["input_ids"][last] if last is not None else None
+        if token not in known:
+            says = f"the loss ends with {backend.convert_ids_to_tokens(token)!r}" if token is not None else "no loss"
+            raise DataError(
+                f"{says}, which ends no turn, so the model would not learn to stop",
+                f"{row['_source']} (row {row['_id']})",
+                "look at it with retort prepare --show-masks, and correct the chat template or the row",
+            )
+        found[token] += 1
+    if not found:
+        return []
+
+    def names(tokens: Iterable[int]) -> str:
+        return ", ".join(repr(backend.convert_ids_to_tokens(token)) for token in sorted(tokens))
+
+    return [
+        {
+            "check": "the end of the turn is trained",
+            "ok": True,
+            "detail": f"{found.total()} rows end with {names(found)}",
+        },
+        {
+            "check": "generation stops at the end of the turn",
+            "ok": found.keys() <= stops,
+            "detail": f"it stops at {names(stops)}",
+        },
+    ]
 
 
 def probe(trainer: Any, layout: Layout, batch: dict[str, Any]) -> dict[str, Any]:
-    """Run the longest training batch (forward and backward) and one without gradients, then forget them.
+    """Run the longest training batch, forward and backward, and forget it.
 
     Random states are put back, so the run's numbers are those it would have had without the probe.
 
@@ -201,27 +158,52 @@ def probe(trainer: Any, layout: Layout, batch: dict[str, Any]) -> dict[str, Any]
     """
     model = trainer.model
     tokens = max(int(v.numel()) for v in batch.values() if torch.is_tensor(v) and v.dim() == 2)
+    smaller = max(1, layout.micro_batch // 2)
+    remedy = f"set train.micro_batch: {smaller}" if layout.micro_batch > 1 else "shorten train.seq_len"
+    with _fitting(f"the longest batch ({layout.micro_batch} rows, {tokens:,} tokens)", remedy):
+        seconds = _timed_step(trainer, model, batch)
+    return {"train_tokens": tokens, "train_seconds": seconds, "peak_memory_bytes": peak_memory()}
+
+
+def probe_measurement(
+    model: Any, recipe: Recipe, tokenizer: Tokenizer, measured: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Measure the longest batch of held-out rows as the run will: their loss, and answers of a few tokens.
+
+    Returns its padded tokens, the tokens of an answer and the seconds; nothing where no row is held out.
+
+    Raises:
+        MemoryFitError: out of memory.
+    """
+    if not measured:
+        return {}
+    lengths = [max(len(row["input_ids"]), len(row["rejected_ids"] or ())) for row in measured]
+    longest = batches_of(lengths, tokens_per_forward(model, measured[0]["input_ids"]))[0]
+    answer = min(PROBED_ANSWER, recipe.eval.max_new_tokens)
+    short = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"max_new_tokens": answer})})
+    # A reward may ask a judge; what it costs in memory is the answer that it marks.
+    metrics = {"exact_match" if metric == "reward" else metric for metric in recipe.eval.metrics}
+    tokens, started = len(longest) * max(lengths), time.monotonic()
+    with _fitting(f"a measurement of {len(longest)} held-out rows ({tokens:,} tokens)", "shorten train.seq_len"):
+        measure(model, tokenizer, [measured[i] for i in longest], short, "pre-flight", sorted(metrics))
+    seconds = round(time.monotonic() - started, 3)
+    found = {"eval_rows": len(longest), "eval_tokens": tokens, "eval_answer_tokens": answer, "eval_seconds": seconds}
+    return {**found, "peak_memory_bytes": peak_memory()}
+
+
+@contextmanager
+def _fitting(what: str, remedy: str) -> Iterator[None]:
+    """Random states are put back, and memory is given back; that it ran out is said in one line."""
     try:
         with kept_randomness():
-            seconds, evaluation = _timed_passes(trainer, model, batch)
+            yield
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        smaller = max(1, layout.micro_batch // 2)
-        remedy = f"set train.micro_batch: {smaller}" if layout.micro_batch > 1 else "shorten train.seq_len"
-        raise MemoryFitError(
-            f"the longest batch ({layout.micro_batch} rows, {tokens:,} tokens) does not fit", "pre-flight", remedy
-        ) from None
+        raise MemoryFitError(f"{what} does not fit", "pre-flight", remedy) from None
     finally:
-        model.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return {
-        "train_tokens": tokens,
-        "train_seconds": seconds,
-        "eval_seconds": evaluation,
-        "peak_memory_bytes": peak_memory(),
-    }
 
 
 def longest_batch(trainer: Any, recipe: Recipe, layout: Layout, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -238,7 +220,8 @@ def longest_batch(trainer: Any, recipe: Recipe, layout: Layout, rows: Sequence[d
     return batch
 
 
-def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[float, float]:
+def _timed_step(trainer: Any, model: Any, batch: dict[str, Any]) -> float:
+    """Seconds of a forward and a backward, whose gradients and logged numbers are dropped."""
     device = trainer.args.device
     moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
     if trainer.args.gradient_checkpointing:
@@ -248,17 +231,16 @@ def _timed_passes(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[floa
     model.train()
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(model, dict(moved))
-    trainer.accelerator.backward(loss)
-    middle = time.monotonic()
-    model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        trainer.compute_loss(model, dict(moved))
+    try:
+        trainer.accelerator.backward(loss)
+    finally:
+        model.zero_grad(set_to_none=True)
+    seconds = round(time.monotonic() - started, 3)
     logged = trainer._metrics if hasattr(trainer, "_metrics") else trainer._stored_metrics
     for metrics in logged.values():  # TRL averages what it logs over calls; the probe is none of them
         metrics.clear()
     trainer._total_train_tokens = 0
-    model.train()
-    return round(middle - started, 3), round(time.monotonic() - middle, 3)
+    return seconds
 
 
 def _disk(run_dir: Path, recipe: Recipe, trainable: int) -> dict[str, int]:

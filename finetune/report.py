@@ -262,7 +262,11 @@ def _preflight(run: RunFiles) -> dict[str, Any] | None:
         ],
         "probe": [
             ("Longest batch", f"{count(dig(probe, 'train_tokens'))} tokens in {duration(dig(probe, 'train_seconds'))}"),
-            ("One evaluation batch", duration(dig(probe, "eval_seconds"))),
+            (
+                "Longest batch of held-out rows",
+                f"{count(dig(probe, 'eval_tokens'))} tokens, and answers of "
+                f"{count(dig(probe, 'eval_answer_tokens'))}, in {duration(dig(probe, 'eval_seconds'))}",
+            ),
             ("Peak memory", size(dig(probe, "peak_memory_bytes"))),
             ("Trained-token share", percent(found.get("trained_token_share"))),
             ("Truncated rows", f"{count(found.get('truncated_rows'))}, {count(found.get('lost_tokens'))} tokens lost"),

@@ -91,7 +91,7 @@ def open_run(recipe: Recipe, resume: bool = False, fresh: bool = False) -> Run:
 
 def _open(recipe: Recipe, resume: bool, fresh: bool) -> Run:
     folder = recipe.run_dir
-    _require_ours(folder)
+    require_ours(folder)
     lock = _lock(folder)
     notes: list[str] = []
     found = load_run_recipe(folder)
@@ -186,8 +186,14 @@ def recipe_yaml(recipe: Recipe) -> str:
     return f"# Written by Retort: the recipe with every default filled in.\n{stream.getvalue()}"
 
 
-def _require_ours(folder: Path) -> None:
-    """Refuse a folder with files that no run of ours wrote: a run removes and replaces what is in its way."""
+def require_ours(folder: Path) -> None:
+    """Refuse a folder with files that no run of ours wrote: a run removes and replaces what is in its way.
+
+    Raises:
+        RecipeError: it holds such files, or is a file itself.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError("is a file, and a run needs a folder", str(folder), "choose another output")
     if (folder / STATE).is_file() or not folder.is_dir():
         return
     prepared = {".lock", RECIPE, "data", "data.new", "data.html", "logs", *KEPT}  # what earlier stages leave

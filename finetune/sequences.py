@@ -15,6 +15,7 @@ from finetune.heads import base_of, hidden_states, separable_head
 from finetune.losses import token_log_probabilities
 
 LOGIT_BYTES = 1 << 29  # of one forward's float32 logits, where they are made of whole rows
+MOST = 8192  # padded tokens in one forward
 CACHE_BYTES = 1 << 31  # of the keys and values of one batch of answers
 Sequence_ = tuple[Sequence[int], Sequence[bool]]  # token ids, and which of them count
 
@@ -50,7 +51,16 @@ def batches_of(lengths: Sequence[int], most: int) -> list[list[int]]:
     return batches
 
 
-MOST = 8192  # padded tokens in one forward
+def tokens_per_forward(model: Any, example: Sequence[int]) -> int:
+    """How many padded tokens one forward of `log_probabilities` holds; `example` is a row, to try the head with."""
+    with evaluating(model), torch.inference_mode():
+        return _tokens_per_forward(model, separable_head(model, example))
+
+
+def _tokens_per_forward(model: Any, head: Any) -> int:
+    if head is not None:
+        return MOST
+    return max(256, min(MOST, LOGIT_BYTES // (4 * model.get_input_embeddings().num_embeddings)))
 
 
 def log_probabilities(
@@ -70,8 +80,7 @@ def log_probabilities(
     lengths = [len(ids) for ids, _ in sequences]
     with evaluating(model), torch.inference_mode():
         head = separable_head(model, sequences[0][0])
-        per_row = LOGIT_BYTES // (4 * model.get_input_embeddings().num_embeddings)
-        batches = batches_of(lengths, MOST if head is not None else max(256, min(MOST, per_row)))
+        batches = batches_of(lengths, _tokens_per_forward(model, head))
         for batch in progress(batches, what, len(batches)):
             ids, mask = padded([list(sequences[i][0]) for i in batch], tokenizer, model.device, left=False)
             trained = torch.zeros_like(ids[:, 1:], dtype=torch.bool)

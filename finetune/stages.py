@@ -18,7 +18,9 @@ from finetune import distributed, evals, flops, reward_check
 from finetune import preflight as checks
 from finetune.arguments import Job
 from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
+from finetune.cards import require_torch
 from finetune.completions import Completions
+from finetune.coverage import frozen
 from finetune.guards import Finite, Guarding
 from finetune.guards import describe as describe_guards
 from finetune.layout import Device, Layout, model_facts, plan_layout
@@ -38,6 +40,7 @@ from recipes.lineage import (
     verify,
     write_atomic,
 )
+from recipes.refs import path_of
 from recipes.schema import Recipe
 
 MASKED_ROWS = 6  # rows whose masks the report shows
@@ -121,14 +124,22 @@ def write_masks(folder: Path, rows: Sequence[dict[str, Any]], tokenizer: Tokeniz
 
 
 def use_cores(device: Device) -> None:
-    """`accelerate launch` gives a lone process on a CPU one thread; take the cores that it may run on."""
+    """Make sure of the card, now that torch can be asked itself. `accelerate launch` gives a lone process on a CPU one
+    thread; take the cores that it may run on."""
     import torch
 
+    if device.kind == "cuda":
+        require_torch(device.name)
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and distributed.world() == 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.kind == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1" and cores > 1:
         torch.set_num_threads(cores)
         say(f"accelerate launch set one thread; using {cores} (--num_cpu_threads_per_process {cores} says so itself)")
+
+
+def foresee(recipe: Recipe, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Refuse an adapter that leaves out what it should reach, too small a disk, rows that never end: before loading."""
+    checks.before_loading(recipe, tokenizer, rows, folder)
 
 
 def load(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
@@ -222,7 +233,7 @@ def build(
     selection = Selection(recipe, tokenizer, watched, metrics, folder) if measuring else None
     guarding, finite = Guarding(recipe.train.guards, tracker), Finite(folder)
     say(*describe_guards(recipe.train.guards, recipe.method))
-    copies = Path(recipe.train.copy_checkpoints).expanduser() if recipe.train.copy_checkpoints else None
+    copies = path_of(recipe.train.copy_checkpoints) if recipe.train.copy_checkpoints else None
     preemption = Preemption(folder, getattr(recipe.method, "iterations", 1))
     checked = AdapterCheck(folder / "adapter_check")
     watch = Watch(checked, metrics, Progress(), guarding, finite, selection, checkpoint, preemption)
@@ -261,16 +272,16 @@ def preflight(
     tokenizer: Tokenizer,
     trainer: Any,
     rows: list[dict[str, Any]],
+    measured: list[dict[str, Any]],
     prepared: Prepared,
     folder: Path,
 ) -> dict[str, Any]:
     """Check what can be checked before the first step; print it and keep it."""
-    found = checks.check(recipe, layout, tokenizer, trainer, rows, prepared.counts, folder)
+    found = checks.check(recipe, layout, tokenizer, trainer, rows, measured, prepared.counts, folder)
     if is_main():
         write_atomic(folder / "preflight.json", json.dumps(found, indent=2) + "\n")
     trains = ", ".join(f"{c['type']} {c['adapted']}/{c['total']}" for c in found["coverage"] if c["adapted"])
-    frozen = ", ".join(c["type"] for c in found["coverage"] if not c["adapted"]) or "nothing"
-    say(f"trains: {trains}; frozen: {frozen}")
+    say(f"trains: {trains}", f"frozen: {frozen(found['coverage'])}")
     say(
         f"{found['trainable_parameters']:,} of {found['total_parameters']:,} parameters train; "
         f"{found['truncated_rows']} rows cut ({found['lost_tokens']} tokens lost)"
@@ -283,6 +294,11 @@ def preflight(
         return found
     peak = probe["peak_memory_bytes"] / 2**30
     say(f"longest batch: {probe['train_tokens']:,} tokens in {probe['train_seconds']} s, peak {peak:.2f} GiB")
+    if "eval_tokens" in probe:
+        say(
+            f"longest measurement: {probe['eval_rows']} held-out rows, {probe['eval_tokens']:,} tokens, and answers of "
+            f"{probe['eval_answer_tokens']} in {probe['eval_seconds']} s"
+        )
     return found
 
 
@@ -290,6 +306,9 @@ def fit(trainer: Any, watch: Watch, found: dict[str, Any], folder: Path) -> None
     """Train, from the newest whole checkpoint where there is one."""
     if watch.checkpoint is not None:
         say(f"resuming from {watch.checkpoint.name}")
+        if int(watch.checkpoint.name.rpartition("-")[2]) >= trainer.args.max_steps:
+            # All steps are made, and the end is missing. Within an epoch transformers would make one more.
+            trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     watch.preemption.listen()
     try:
         with writing(folder):

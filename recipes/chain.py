@@ -7,6 +7,7 @@ from typing import Any
 
 from recipes.errors import RecipeError
 from recipes.lineage import MANIFEST
+from recipes.refs import path_of
 from recipes.yamltree import Tree, read_yaml
 
 RECIPE = "recipe.yaml"
@@ -24,7 +25,10 @@ def continued(tree: Tree) -> Tree:
     model = tree.value.get("model") if isinstance(tree.value, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("run"), str):
         return tree
-    folder = Path(model["run"]).expanduser()
+    try:
+        folder = path_of(model["run"])
+    except ValueError as error:
+        raise RecipeError(str(error), tree.place(("model", "run"))) from None
     if not (folder / RECIPE).is_file():
         if "base" in model:
             return tree

@@ -8,6 +8,8 @@ RetortError (1)
 └── EngineError (6, RuntimeError)       a teacher or an inference engine failed
 """
 
+LONGEST, SHOWN = 500, 80  # characters of a word in an error: paths are whole, a value of 5,000 letters is not
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether a library says that memory ran out: torch's error on a GPU, a plain RuntimeError on a processor."""
@@ -32,7 +34,7 @@ class RetortError(Exception):
     def __str__(self) -> str:
         text = f"{self.place}: {self.message}" if self.place else self.message
         text = f"{text}; {self.remedy}" if self.remedy else text
-        return " ".join(text.split())
+        return " ".join(word if len(word) <= LONGEST else f"{word[:SHOWN]}..." for word in text.split())
 
     def __reduce__(self) -> tuple[type, tuple[str, str | None, str | None]]:
         return type(self), (self.message, self.place, self.remedy)

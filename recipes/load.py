@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,8 @@ from pydantic.fields import FieldInfo
 
 from recipes.chain import continued
 from recipes.errors import RecipeError
-from recipes.schema import Recipe
+from recipes.refs import parse_ref, path_of
+from recipes.schema import Recipe, Train
 from recipes.yamltree import KeyPath, Tree, parse_yaml, read_yaml
 
 # What other tools call it -> where it is here. A user who comes from them gets the answer instead of a riddle.
@@ -86,7 +88,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = _read_with_parents(Path(path), ())
     for text in overrides:
         tree = _merge(tree, _override(text))
-    return validate(continued(tree))
+    return validate(_within_context(continued(tree)))
+
+
+def _within_context(tree: Tree) -> Tree:
+    """Where train.seq_len is not set, and the base is a folder here with a context below the default: that context."""
+    train, model = (tree.value.get(key) if isinstance(tree.value, dict) else None for key in ("train", "model"))
+    base = model.get("base") if isinstance(model, dict) else None
+    if not isinstance(base, str) or not isinstance(train, dict | None) or "seq_len" in (train or {}):
+        return tree
+    try:
+        folder = parse_ref(base).path
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder is not None else {}
+        context = config.get("text_config", config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        return tree  # those who read the folder say what is wrong with it
+    if not isinstance(context, int) or not 8 <= context < Train.model_fields["seq_len"].default:
+        return tree
+    return Tree({**tree.value, "train": {**(train or {}), "seq_len": context}}, tree.places)
 
 
 def validate(tree: Tree) -> Recipe:
@@ -125,11 +144,11 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> Tree:
+    tree = read_yaml(path)
     here = path.resolve()
     if here in seen:
         chain = " -> ".join(p.name for p in (*seen, here))
         raise RecipeError(f"extends goes round in a circle: {chain}", str(path), "remove one of the extends")
-    tree = read_yaml(path)
     if seen and not isinstance(tree.value, dict):
         raise RecipeError("is no recipe, and a recipe extends it", str(path), "extends must name a YAML file with keys")
     if not isinstance(tree.value, dict) or "extends" not in tree.value:
@@ -140,8 +159,12 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> Tree:
         return tree
     if not isinstance(parent, str) or not parent:
         raise RecipeError("extends must name one YAML file", place, "write extends: base/qlora-24gb.yaml")
-    parent_path = path.parent / Path(parent).expanduser()
-    if not parent_path.is_file():
+    try:
+        parent_path = path.parent / path_of(parent)
+        found = parent_path.is_file()
+    except (OSError, ValueError) as error:  # no name that a file can have; a whole path that is too long
+        raise RecipeError(f"extends: {error}", place, "write extends: base/qlora-24gb.yaml") from None
+    if not found:
         raise RecipeError(
             f"extends names '{parent}', which does not exist", place, f"looked for {parent_path.absolute()}"
         )

@@ -9,6 +9,7 @@ Three forms, told apart by how they are written:
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Literal
 
 from recipes.errors import RecipeError
 
+MAX_NAME, MAX_PATH = 255, 4095  # bytes: of one name, and of a whole path (ext4, XFS, APFS; PATH_MAX)
+SHOWN = 40  # characters of a text that is no path, in an error
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
 _HUB = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
 
@@ -44,7 +47,25 @@ class Ref:
         """The folder or file on this machine, None for a hub repository (which only a stage may download)."""
         if self.kind == "embedded":
             return EMBEDDED / self.name
-        return Path(self.name).expanduser() if self.kind == "local" else None
+        return path_of(self.name) if self.kind == "local" else None
+
+
+def path_of(text: str) -> Path:
+    """A path as a person writes it: `~` is the home.
+
+    Raises:
+        ValueError: no file can have this name: too long, a NUL in it, or the home of a user who does not exist.
+    """
+    shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    if "\0" in text:
+        raise ValueError(f"{shown!r} holds a NUL character, which no file name can")
+    longest = max((len(os.fsencode(part)) for part in text.split("/")), default=0)
+    if longest > MAX_NAME or len(os.fsencode(text)) > MAX_PATH:
+        raise ValueError(f"'{shown}' is longer than a file name can be ({len(text):,} characters)")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"'{shown}': there is no such user; write the folder out") from None
 
 
 def parse_ref(text: str) -> Ref:
@@ -54,6 +75,7 @@ def parse_ref(text: str) -> Ref:
         ValueError: the text has none of the three forms, or names an embedded asset that does not exist.
     """
     text = text.strip()
+    path_of(text)  # whatever it is, it has to be one that may be looked for
     if text.startswith("embedded:"):
         name = text.removeprefix("embedded:")
         if not re.fullmatch(r"[\w-]+", name) or not (EMBEDDED / name).is_dir():

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from recipes.refs import Ref, parse_ref
+from recipes.refs import Ref, parse_ref, path_of
 from recipes.schema_data import Data
 from recipes.schema_method import METHODS, MODES, SFT, Method
 from recipes.schema_teacher import Teacher
-from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Section, Text
+from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, PathText, Section, Text
 
 
 class Use(Section):
@@ -72,13 +72,15 @@ class Model(Section):
     base: ModelRefText = Field(
         description="org/name@revision, a local folder, or embedded:NAME; with run the base of that run"
     )
-    run: Text | None = Field(None, description="start from what an earlier run made: its directory, such as runs/legal")
+    run: PathText | None = Field(
+        None, description="start from what an earlier run made: its directory, such as runs/legal"
+    )
     merge: Bool = Field(
         False, description="run: merge its adapter into the base and train a new one, instead of training it on"
     )
     tokenizer: ModelRefText | None = Field(None, description="where the tokenizer is, when not with the base")
     license: Text | None = Field(None, description="SPDX id of the base's licence, where no file states it")
-    public_key: Text | None = Field(
+    public_key: PathText | None = Field(
         None, description="PEM file; the base's files must be signed by its owner (model-signing)"
     )
     quantization: Literal["none", "nf4"] = Field(
@@ -91,7 +93,9 @@ class Model(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
         "auto", description="attention implementation; auto leaves the choice to transformers"
     )
-    chat_template: Text | None = Field(None, description="a .jinja file that replaces the tokenizer's chat template")
+    chat_template: PathText | None = Field(
+        None, description="a .jinja file that replaces the tokenizer's chat template"
+    )
     template_kwargs: dict[Text, Bool | Int | Text] = Field(
         default_factory=dict, description="variables for the chat template, such as enable_thinking: false"
     )
@@ -182,7 +186,9 @@ class Train(Section):
     epochs: Annotated[Float, Field(gt=0)] | None = Field(None, description="passes over the training rows (default 1)")
     max_steps: Count | None = Field(None, description="optimiser steps, instead of epochs")
     tokens_per_step: Count = Field(16384, description="tokens in one optimiser step, over all devices")
-    seq_len: Annotated[Int, Field(ge=8)] = Field(2048, description="longest row, in tokens")
+    seq_len: Annotated[Int, Field(ge=8)] = Field(
+        2048, description="longest row, in tokens; not set, at most the context of a base that is a folder here"
+    )
     learning_rate: Annotated[Float, Field(gt=0, lt=1)] = Field(2e-4, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="learning-rate decay after the warm-up"
@@ -208,7 +214,7 @@ class Train(Section):
     guards: Guards = Field(default_factory=Guards, description="what stops a run that goes wrong")
     save_every: Fraction | Count = Field(0.25, description="steps, or share of the run, between checkpoints")
     keep_checkpoints: Count = Field(2, description="older checkpoints are deleted")
-    copy_checkpoints: Text | None = Field(None, description="a folder, on another disk, that gets a copy of each")
+    copy_checkpoints: PathText | None = Field(None, description="a folder, on another disk, that gets a copy of each")
     log_every: Count = Field(1, description="steps between log lines")
     extra: dict[Text, Any] = Field(
         default_factory=dict, description="further fields of TRL's config class of the method, checked against it"
@@ -316,7 +322,7 @@ class Recipe(Section):
         description="names the run directory: runs/<name>"
     )
     description: str = Field("", description="a sentence for people; shown in report and card")
-    output: Text | None = Field(None, description="run directory, when not runs/<name>")
+    output: PathText | None = Field(None, description="run directory, when not runs/<name>")
     seed: Annotated[Int, Field(ge=0, lt=2**31)] = Field(42, description="of splits, order, initialisation, draws")
     use: Use | None = Field(
         None, description="what the model is for; without it only a plain ban is told, and nothing can be exported"
@@ -422,7 +428,7 @@ class Recipe(Section):
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.output).expanduser() if self.output else Path("runs") / self.name
+        return path_of(self.output) if self.output else Path("runs") / self.name
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain YAML/JSON values."""

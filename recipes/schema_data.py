@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from recipes.benchmarks import BENCHMARKS
-from recipes.refs import Ref, parse_ref
-from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Named, Section, Text
+from recipes.refs import Ref, parse_ref, path_of
+from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Named, PathText, Section, Text
 
 # fmt: off
 QualityRule = Literal[
@@ -48,7 +47,7 @@ class Passages(Section):
 class Source(Section):
     """One source of rows: exactly one of `path`, `hub`, `embedded`."""
 
-    path: Text | None = Field(
+    path: PathText | None = Field(
         None, description="a .jsonl, .json, .csv or .parquet file, a document, a folder of them, or a saved dataset"
     )
     hub: Text | None = Field(None, description="org/name@revision of a dataset on the hub")
@@ -86,7 +85,7 @@ class Source(Section):
             raise ValueError("subset has a meaning for hub datasets alone")
         if self.passages is not None and self.path is None:
             raise ValueError("passages are cut from documents: give a path")
-        if self.path is not None and self.split is not None and Path(self.path).expanduser().is_file():
+        if self.path is not None and self.split is not None and path_of(self.path).is_file():
             raise ValueError("split has no meaning for a file; name the file of the split")
         if self.columns is not None and "text" in self.columns and len(self.columns) > 1:
             raise ValueError("columns name either text or the parts of a chat, not both")

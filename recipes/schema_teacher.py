@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from recipes.schema_rewards import RewardTerm, regular_expression
-from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Named, Section, Text
+from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Named, PathText, Section, Text
 
 NotNegative = Annotated[Float, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
@@ -77,7 +77,7 @@ class HttpEngine(Section):
 class ReplayEngine(Section):
     """No teacher at all: the answers of an earlier run's journal."""
 
-    run: Text = Field(description="the run directory, such as runs/legal-distill")
+    run: PathText = Field(description="the run directory, such as runs/legal-distill")
 
 
 class Engine(Named):

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from recipes.refs import parse_ref
+from recipes.refs import parse_ref, path_of
 
 # YAML already has types; a quoted "2" is a string and stays one.
 Int = Annotated[int, Strict()]
@@ -34,7 +34,13 @@ def _check_ref(text: str) -> str:
     return text
 
 
+def _check_path(text: str) -> str:
+    path_of(text)
+    return text
+
+
 ModelRefText = Annotated[Text, AfterValidator(_check_ref)]
+PathText = Annotated[Text, AfterValidator(_check_path)]
 
 
 class Section(BaseModel):

@@ -145,12 +145,13 @@ def _read_jsonl(part: Part) -> Iterator[Record]:
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if raw.strip():
-                yield place, _parse_object(raw, place)
+                yield place, parse_object(raw, place)
             if part.end is not None and position >= part.end:
                 return
 
 
-def _parse_object(raw: bytes, place: str) -> dict[str, Any] | BadRecord:
+def parse_object(raw: bytes, place: str) -> dict[str, Any] | BadRecord:
+    """One line of JSON Lines; what is wrong with it as its BadRecord."""
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -7,6 +7,7 @@ YAML 1.2 rules apply: `no` is a string, `2e-4` a number.
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from recipes.errors import RecipeError
 MAX_BYTES = 1_000_000
 MAX_NODES = 20_000  # after aliases are expanded; the largest real recipe has a few hundred
 MAX_DEPTH = 40
+MAX_PLACE = 200  # characters of a file's name in an error
 
 KeyPath = tuple[str | int, ...]
 
@@ -45,18 +47,26 @@ def read_yaml(path: Path) -> Tree:
         RecipeError: missing, unreadable, not UTF-8, empty, not YAML, a duplicate key, a tag, or too many aliases.
     """
     place = str(path)
-    if not path.exists():
-        raise RecipeError("no such recipe file", place, f"looked in {path.absolute().parent}")
-    if path.is_dir():
-        raise RecipeError("this is a folder, not a recipe file", place, "name the .yaml file in it")
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise RecipeError(f"cannot be read ({error.strerror})", place) from None
+        try:
+            status = path.stat()
+        except ValueError:
+            remedy = "correct the name"
+            raise RecipeError("holds a NUL character, which no file name can", repr(place), remedy) from None
+        if stat.S_ISDIR(status.st_mode):
+            raise RecipeError("this is a folder, not a recipe file", place, "name the .yaml file in it")
+        if not stat.S_ISREG(status.st_mode):  # a pipe may never end, nor does /dev/zero
+            raise RecipeError("is no regular file", place, "write the recipe into a .yaml file")
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)  # files below /proc have no size until they are read
+    except (FileNotFoundError, NotADirectoryError):
+        raise RecipeError("no such recipe file", place, f"looked in {path.absolute().parent}") from None
+    except OSError as error:  # also a link that leads to itself, and a name too long
+        place = place if len(place) <= MAX_PLACE else f"{place[:MAX_PLACE]}..."
+        raise RecipeError(f"cannot be read ({error.strerror})", place, "name a YAML file") from None
     if len(raw) > MAX_BYTES:
-        raise RecipeError(
-            f"is {len(raw):,} bytes long, too long for a recipe", place, "name the YAML file, not the data"
-        )
+        size = max(len(raw), status.st_size)
+        raise RecipeError(f"is {size:,} bytes long, too long for a recipe", place, "name the YAML file, not the data")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -122,7 +132,7 @@ class _Builder:
             place = self._place(key_node)
             if not isinstance(key_node, ScalarNode):
                 raise RecipeError("a key must be plain text", place)
-            key = key_node.value
+            key = _plain(key_node.value, place)
             if key in result:
                 raise RecipeError(f"the key '{key}' stands twice in one map", place, "keep one of them")
             if key == "<<":
@@ -135,6 +145,8 @@ class _Builder:
 def _scalar(node: ScalarNode, place: str) -> Any:
     kind = str(node.tag).rsplit(":", 1)[-1]
     text = node.value
+    if kind in {"str", "timestamp"}:
+        return _plain(text, place)
     try:
         match kind:
             case "null":
@@ -147,11 +159,25 @@ def _scalar(node: ScalarNode, place: str) -> Any:
                 )
             case "float":
                 return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-            case "str" | "timestamp":
-                return text
     except ValueError:
         raise RecipeError(f"'{text}' is no {kind}", place) from None
     raise _tag_error(node, place)
+
+
+def _plain(text: str, place: str) -> str:
+    """A text that can be printed, stored and given to a system call; escapes ("\\0", "\\ud800") can write others.
+
+    Raises:
+        RecipeError: a NUL, or half of a character.
+    """
+    if "\0" in text:
+        raise RecipeError("holds a NUL character", place, 'take "\\0" out')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):x}"
+        raise RecipeError(f"holds half of a character ({half})", place, "write the character itself") from None
+    return text
 
 
 def _tag_error(node: Node, place: str) -> RecipeError:

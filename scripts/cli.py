@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 RecipeArgument = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="go on with an unfinished run, and fail if there is none")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="set an earlier run aside and start over")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -98,10 +100,8 @@ def prepare(
 def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on with an unfinished run, and fail if there is none")
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="set an earlier run aside and start over")] = False,
+    resume: ResumeOption = False,
+    fresh: FreshOption = False,
 ) -> None:
     """Train, measure and report a recipe (the same as running finetune/train.py)."""
     _train(recipe, set_ or [], resume, fresh)
@@ -111,12 +111,13 @@ def train(
 def run(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="set an earlier run aside and start over")] = False,
+    resume: ResumeOption = False,
+    fresh: FreshOption = False,
 ) -> None:
     """All stages of a recipe in order; finished ones are skipped."""
     _show_plan(recipe, set_ or [])
     _teach(recipe, set_ or [], fresh)
-    _train(recipe, set_ or [], False, fresh)
+    _train(recipe, set_ or [], resume, fresh)
 
 
 @_one_line

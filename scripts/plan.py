@@ -5,32 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_prep.readers import source_files
-from finetune.layout import Device, Layout, ModelFacts, find_device, model_facts, plan_layout
+from finetune.arguments import check_names
+from finetune.layout import Device, Layout, ModelFacts, find_device, model_facts, plan_layout, refuse_impossible
 from finetune.run_files import duties_of
-from recipes.errors import DataError, RecipeError, RetortError
-from recipes.gate import check
+from recipes.errors import RecipeError
+from recipes.gate import judge
 from recipes.lineage import read_manifest
 from recipes.presets import resolve
-from recipes.refs import require_model_folder
+from recipes.refs import parse_ref, require_model_folder
 from recipes.schema import Recipe
-from recipes.schema_data import Holdout, Source
+from recipes.sources import recipe_assets
 from recipes.student import student_recipe
-
-CHARACTERS_PER_TOKEN = 4.0  # of English text; only until the rows are prepared
+from scripts.estimate import count_source, estimate
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
     """One object with everything that `retort plan` prints.
 
     Raises:
-        RecipeError: the base is no model folder. DataError: a source is missing. MemoryFitError: it cannot fit.
+        RecipeError: a folder or file that the recipe names is not what it should be; train.extra holds what the
+            trainer does not take. DataError: a source is missing, or holds rows that the method does not read.
+        MemoryFitError: it cannot fit.
     """
     device = find_device(recipe.train.device)
     folder = require_model_folder(recipe.model.ref, "model.base") or _cached(recipe)
-    template = recipe.model.chat_template
-    if template is not None and not Path(template).is_file():
-        raise RecipeError(f"there is no file {template}", "model.chat_template", f"looked in {Path.cwd()}")
+    _refuse_places(recipe)
+    check_names(recipe)
     facts = model_facts(folder) if folder is not None else None
     student = student_recipe(recipe, recipe.run_dir)
     data = _data(recipe, student)
@@ -38,7 +38,8 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "output": str(recipe.run_dir),
-        "verdict": check(recipe).as_dict(),
+        # Where nothing is judged, nobody needs to read all rows for who wrote them.
+        "verdict": judge(recipe_assets(recipe, recipe.use is not None), recipe.use, recipe.attest).as_dict(),
         "model": {
             "base": recipe.model.base,
             "here": folder is not None,
@@ -52,6 +53,20 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "layout": layout.as_dict() if layout else None,
         "device": {"kind": device.kind, "name": device.name, "memory_bytes": device.memory_bytes},
     }
+
+
+def _refuse_places(recipe: Recipe) -> None:
+    """Refuse what training would find in the way: files that are missing, and an output that is taken."""
+    template = recipe.model.chat_template
+    if template is not None and not Path(template).expanduser().is_file():
+        raise RecipeError(f"there is no file {template}", "model.chat_template", f"looked in {Path.cwd()}")
+    tokenizer = parse_ref(recipe.model.tokenizer).path if recipe.model.tokenizer else None
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise RecipeError(f"there is no folder {tokenizer}", "model.tokenizer", f"looked in {Path.cwd()}")
+    if recipe.run_dir.exists():
+        from finetune.runs import require_ours
+
+        require_ours(recipe.run_dir)
 
 
 def _teacher(recipe: Recipe) -> dict[str, Any] | None:
@@ -82,10 +97,10 @@ def _cached(recipe: Recipe) -> Path | None:
 
 
 def _data(recipe: Recipe, student: Recipe) -> dict[str, Any]:
-    """Row and token counts: measured where the student's rows are prepared, estimated from the files where not."""
-    sources = [*recipe.data.train, *(recipe.data.eval if isinstance(recipe.data.eval, tuple) else ())]
-    counted = [_count(s) for s in sources]
-    known = {str(s): count for s, count in zip(sources, counted, strict=True)}
+    """Row and token counts: measured where the student's rows are prepared, estimated from the sources where not."""
+    train = [count_source(recipe, source) for source in recipe.data.train]
+    held_out = [count_source(recipe, s) for s in recipe.data.eval] if isinstance(recipe.data.eval, tuple) else []
+    sources = {str(count.source): count.rows for count in (*train, *held_out)}
     manifest = read_manifest(recipe.run_dir / "data")
     decides = ("data", "method", "seed")
     before, now = (manifest or {}).get("recipe", {}), student.resolved()
@@ -97,51 +112,23 @@ def _data(recipe: Recipe, student: Recipe) -> dict[str, Any]:
     if same and manifest is not None:
         counts = manifest["counts"]
         mean = counts["train_tokens"] / max(1, counts["train_rows"])
-        return {"prepared": True, "sources": {k: v[0] for k, v in known.items()}, **counts, "mean_tokens": mean}
-    train = counted[: len(recipe.data.train)]
-    rows = None if any(r is None for r, _ in train) else sum(r for r, _ in train if r is not None)
-    size = sum(b for _, b in train)
-    mean = min(recipe.train.seq_len, size / rows / CHARACTERS_PER_TOKEN) if rows else None
-    if rows and isinstance(recipe.data.eval, Holdout):
-        rows -= round(rows * recipe.data.eval.fraction)
-    return {"prepared": False, "sources": {k: v[0] for k, v in known.items()}, "train_rows": rows, "mean_tokens": mean}
-
-
-def _count(source: Source) -> tuple[int | None, int]:
-    """(rows, bytes) of a source: exact for JSON Lines and Parquet, None where counting would mean parsing."""
-    if source.hub is not None:
-        return None, 0
-    try:
-        return _counted(source)
-    except RetortError:
-        raise
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise DataError(f"cannot be read ({str(error).splitlines()[0]})", str(source), "repair the file") from None
-
-
-def _counted(source: Source) -> tuple[int | None, int]:
-    rows: int | None = 0
-    size = 0
-    for path in source_files(source):
-        size += path.stat().st_size
-        if path.suffix in {".jsonl", ".ndjson"} and rows is not None:
-            with path.open("rb") as stream:
-                rows += sum(1 for line in stream if line.strip())
-        elif path.suffix == ".parquet" and rows is not None:
-            import pyarrow.parquet as pq
-
-            rows += pq.ParquetFile(path).metadata.num_rows
-        else:
-            rows = None
-    if rows and source.limit is not None and source.limit < rows:
-        size, rows = round(size * source.limit / rows), source.limit
-    return rows, size
+        return {"prepared": True, "sources": sources, **counts, "mean_tokens": mean}
+    about = estimate(recipe, train)
+    return {
+        "prepared": False,
+        "sources": sources,
+        "uncounted": {str(count.source): count.missing for count in (*train, *held_out) if count.rows is None},
+        "train_rows": about.rows,
+        "mean_tokens": about.mean_tokens,
+        "sampled_rows": about.sampled,
+    }
 
 
 def _layout(recipe: Recipe, device: Device, facts: ModelFacts | None, data: dict[str, Any]) -> Layout | None:
+    refuse_impossible(recipe, device, facts)
     if not data["train_rows"] or not data["mean_tokens"]:
         return None
-    longest = data["length"]["max"] if data["prepared"] else recipe.train.seq_len
+    longest = data["length"]["max"] if data["prepared"] else recipe.longest_row
     return plan_layout(recipe, device, facts, data["train_rows"], data["mean_tokens"], longest, 1, data.get("packs"))
 
 
@@ -152,6 +139,10 @@ def _about_teacher(teacher: dict[str, Any] | None) -> list[str]:
         f"{teacher['samples']} answers a prompt, at most {teacher['max_tokens']} tokens; {teacher['sampling_source']}"
     )
     return [f"teacher  {teacher['model']}  ({teacher['engine']}, mode {teacher['mode']}; {asked})"]
+
+
+def _rows_of(rows: int | None, missing: str | None) -> str:
+    return f"unknown rows{f' ({missing})' if missing else ''}" if rows is None else f"{rows:,} rows"
 
 
 def describe(plan: dict[str, Any]) -> list[str]:
@@ -171,28 +162,32 @@ def describe(plan: dict[str, Any]) -> list[str]:
         ),
         *(f"           obligation: {duty}" for duty in duties_of(plan["verdict"])),
         *(
-            f"data     {name}: {'unknown' if rows is None else f'{rows:,}'} rows"
+            f"data     {name}: {_rows_of(rows, data.get('uncounted', {}).get(name))}"
             for name, rows in data["sources"].items()
         ),
     ]
+    about = "" if data["prepared"] else "about "
     if data["prepared"]:
         lines.append(
             f"tokens   {data['train_tokens']:,} in {data['train_rows']:,} training rows, {data['eval_rows']:,} held out"
         )
     elif data["mean_tokens"]:
         lines.append(
-            f"tokens   about {data['train_rows'] * data['mean_tokens']:,.0f} (estimated; `retort prepare` counts them)"
+            f"tokens   about {data['train_rows'] * data['mean_tokens']:,.0f} in {data['train_rows']:,} training rows, "
+            f"estimated from {data['sampled_rows']:,} rows; `retort prepare` counts them"
         )
     if layout:
         lines.append(
-            f"steps    {layout['steps']} of {layout['rows_per_step']} {layout['unit']} "
+            f"steps    {about}{layout['steps']} of {layout['rows_per_step']} {layout['unit']} "
             f"(about {layout['tokens_per_step']:,} tokens), {layout['epochs']:.2f} epochs"
         )
         memory = f", about {layout['estimated_bytes'] / 2**30:.1f} GiB" if layout["estimated_bytes"] else ""
         checkpointing = ", gradient checkpointing" if layout["gradient_checkpointing"] else ""
         lines.append(
             f"layout   {layout['micro_batch']} x {layout['gradient_accumulation']} accumulated, {layout['dtype']}"
-            f"{checkpointing}{memory} on {plan['device']['name']}"
+            f"{checkpointing}{memory} on {plan['device']['name']}; rows of at most {layout['seq_len']:,} tokens"
         )
+    else:
+        lines.append("steps    not known before the rows are counted, nor are tokens and layout: `retort prepare` does")
     lines.append(f"output   {plan['output']}")
     return lines

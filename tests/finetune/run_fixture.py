@@ -95,7 +95,15 @@ PREFLIGHT = {
         {"check": "padding is not the end token", "ok": True, "detail": "<|pad|> (id 0) and <|im_end|> (id 2)"},
         {"check": "no doubled BOS", "ok": False, "detail": "the template writes <s> and the tokenizer adds one more"},
     ],
-    "probe": {"train_tokens": 4096, "train_seconds": 0.91, "eval_seconds": 0.42, "peak_memory_bytes": 1_310_000_000},
+    "probe": {
+        "train_tokens": 4096,
+        "train_seconds": 0.91,
+        "eval_rows": 20,
+        "eval_tokens": 7040,
+        "eval_answer_tokens": 8,
+        "eval_seconds": 0.42,
+        "peak_memory_bytes": 1_310_000_000,
+    },
     "disk": {"free_bytes": 48_318_382_080, "needed_bytes": 96_468_992},
     "adapter_check": {"changed": True, "finite": True, "reloads": True, "max_abs_change": 0.000199},
 }

@@ -102,6 +102,6 @@ def test_plan_command(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = make_recipe()
     done = run_cli("plan", str(path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "steps    6 of" in done.stdout and "64 rows" in done.stdout and "not judged" in done.stdout
+    assert "steps    about 6 of" in done.stdout and "64 rows" in done.stdout and "not judged" in done.stdout
     wrong = run_cli("plan", str(path), "--set", f"model.base={tmp_path}/none", cwd=tmp_path)
     assert wrong.returncode == 2 and "does not exist" in wrong.stderr and "Traceback" not in wrong.stderr

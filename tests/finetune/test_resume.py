@@ -33,8 +33,11 @@ def last_step(run: Path) -> int:
         return 0
 
 
-def kill_when(recipe: Path, reached: Callable[[], bool], *options: str) -> None:
-    """Start a training process and `kill -9` it as soon as `reached()`; fails if it ends by itself first."""
+def kill_when(recipe: Path, reached: Callable[[], bool], *options: str) -> str:
+    """Start a training process and `kill -9` it as soon as `reached()`; fails if it ends by itself first.
+
+    Returns what it printed until then.
+    """
     with warm.start(train_command(recipe, *options), recipe.parent, merged=True) as process:
         deadline = time.monotonic() + 300
         while not reached():
@@ -44,6 +47,7 @@ def kill_when(recipe: Path, reached: Callable[[], bool], *options: str) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert process.returncode == -signal.SIGKILL
+        return process.communicate()[0]
 
 
 def whole_and_killed(path: Path, tmp_path: Path) -> tuple[Path, Path]:
@@ -68,12 +72,16 @@ def whole_and_killed(path: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_killed_at_three_points_gives_the_same_adapter(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_killed_at_every_stage_gives_the_same_adapter(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = make_recipe(train=TRAIN, adapter={"r": 4, "dropout": 0.1})
     run = tmp_path / "run"
     done = run_train(recipe, "--set", f"output={tmp_path / 'whole'}")
     assert done.returncode == 0, done.stderr
 
+    kill_when(recipe, lambda: (run / "state.json").exists())  # in preparation
+    assert not (run / "data" / "manifest.json").exists()
+    printed = kill_when(recipe, lambda: (run / "masks.json").exists())  # while the base is loaded or measured
+    assert "measured" not in printed and not (run / "base_answers.jsonl").exists()
     kill_when(recipe, lambda: last_step(run) >= 3)  # before the first checkpoint
     assert not (run / "manifest.json").exists()
     kill_when(recipe, lambda: last_step(run) >= 10)  # between two checkpoints, inside a step
@@ -83,9 +91,12 @@ def test_killed_at_three_points_gives_the_same_adapter(make_recipe: Callable[...
     (torn / "retort.json").unlink(missing_ok=True)  # the kill may have come a moment too late to tear it
     (torn / "optimizer.pt").write_bytes(b"half")
 
+    # While the result is saved and measured: all steps are done, and not one more may follow.
+    printed = kill_when(recipe, lambda: (run / "adapter").exists(), "--resume")
+    assert "checkpoint-18 is not whole" in printed and "resuming from checkpoint-12" in printed
+    assert not (run / "manifest.json").exists()
     done = run_train(recipe, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint-18 is not whole" in done.stdout and "resuming from checkpoint-12" in done.stdout
+    assert done.returncode == 0 and "resuming from checkpoint-24" in done.stdout, done.stderr
     whole, resumed = (
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")
     )

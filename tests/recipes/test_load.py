@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +224,55 @@ def test_recipes_import_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ('output="~nosuch/x"', "'output': '~nosuch/x': there is no such user; write the folder out"),
+        ('data.train=[{path: "~nosuch/x.jsonl"}]', "'data.train[0].path': '~nosuch/x.jsonl': there is no such user"),
+        ("model.base=~nosuch/x", "'model.base': '~nosuch/x': there is no such user"),
+        ("model.run=~nosuch/x", "'~nosuch/x': there is no such user"),
+        (f"model.base=./{'a' * 5000}", "is longer than a file name can be (5,002 characters)"),
+        (f"output={'a' * 5000}", "is longer than a file name can be (5,000 characters)"),
+        (f"output={'é' * 128}", "is longer than a file name can be (128 characters)"),
+        (f"output={'a/' * 2500}", "is longer than a file name can be (5,000 characters)"),
+        (f"model.run={'a' * 300}", "is longer than a file name can be (300 characters)"),
+        ('output="a\\0b"', "holds a NUL character"),
+        ('description="\\ud800"', "holds half of a character (\\ud800)"),
+        ('train.extra={"\\ud800": 1}', "holds half of a character (\\ud800)"),
+    ],
+)
+def test_texts_that_no_file_or_print_can_take_are_refused(tmp_path: Path, override: str, says: str) -> None:
+    message = error_of(write(tmp_path, MINIMAL), override)
+    assert says in message and len(message) < 300
+
+
+def test_what_is_no_regular_file_is_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    says = {
+        "pipe": "is no regular file",
+        "loop.yaml": "symbolic links",
+        f"{'a' * 300}.yaml": "File name too long",
+        "a\0b.yaml": "NUL",
+    }
+    for name, reason in says.items():
+        assert reason in error_of(tmp_path / name)
+    assert "is no regular file" in error_of(Path("/dev/zero"))
+    for name in (*says, "~nosuch/r.yaml", "a" * 5000):
+        child = write(tmp_path, f"extends: {json.dumps(name)}\nname: x\n")
+        assert error_of(child).startswith(f"{child}:1:1")
+
+
+def test_rows_are_as_long_as_the_context_where_the_default_is_more(tmp_path: Path) -> None:
+    short = MINIMAL.replace("org/name@abc123", "embedded:tiny")  # a context of 1,024 tokens
+    assert load_recipe(write(tmp_path, short)).train.seq_len == 1024
+    assert load_recipe(write(tmp_path, short.split("train:\n  learning")[0])).train.seq_len == 1024
+    assert load_recipe(write(tmp_path, short), ["train.seq_len=2048"]).train.seq_len == 2048  # said, so refused later
+    assert load_recipe(write(tmp_path, MINIMAL)).train.seq_len == 2048
+    config = json.loads((ROOT / "recipes" / "embedded" / "tiny" / "config.json").read_text())
+    for text, expected in ((json.dumps({**config, "max_position_embeddings": 4096}), 2048), ("[]", 2048), ("{", 2048)):
+        (tmp_path / "base").mkdir(exist_ok=True)
+        (tmp_path / "base" / "config.json").write_text(text)
+        assert load_recipe(write(tmp_path, MINIMAL), [f"model.base={tmp_path}/base"]).train.seq_len == expected
