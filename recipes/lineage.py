@@ -130,7 +130,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise DataError(f"cannot be read ({error})", str(path), "run the stage that made it again") from None
     if not isinstance(manifest, dict):
         raise DataError("is no JSON object", str(path), "run the stage that made it again")
-    if "retort_version" in manifest and manifest != sealed(manifest):
+    if {"retort_version", SEAL} & manifest.keys() and manifest != sealed(manifest):
         raise DataError("was changed after it was written", str(path), "run the stage that made it again")
     return manifest
 
@@ -144,8 +144,11 @@ def read_object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def verify(folder: Path) -> list[str]:
+def verify(folder: Path, part: str = "") -> list[str]:
     """Recompute the hashes of an artefact. Returns the names of files that are missing or differ (empty: intact).
+
+    Args:
+        part: only of the files whose names begin so; `model/` is a subfolder.
 
     Raises:
         DataError: the folder has no manifest.
@@ -161,7 +164,7 @@ def verify(folder: Path) -> list[str]:
     wrong = []
     for name, expected in files.items():
         path = folder / name
-        if not path.is_file() or sha256_file(path) != expected:
+        if name.startswith(part) and (not path.is_file() or sha256_file(path) != expected):
             wrong.append(name)
     return wrong
 
