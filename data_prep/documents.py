@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from data_prep.pdf import ITEM, read_pdf
 from recipes.errors import DataError
+from recipes.tables import DOCUMENTS as SUFFIXES
 
-SUFFIXES = (".txt", ".md", ".html", ".htm", ".pdf", ".docx")
 # "No. 5" and "e.g. this" end no sentence: what follows one is neither a small letter nor a digit.
 SENTENCE_END = re.compile(r"[.!?…][\"'”’»)\]]*+(?=\s++(?![a-zß-ÿ\d]))|[。！？][」』”）]*+|\S(?=\n\n)")
 WORD_END, LINE_END, WORD_START = re.compile(r"\S(?=\s)"), re.compile(r"\S(?=\n)"), re.compile(r"(?<=[\s。！？])\S")

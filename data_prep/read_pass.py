@@ -21,10 +21,10 @@ from data_prep.formats import to_row
 from data_prep.readers import Piece, read_piece
 from data_prep.rows import Row, encode
 from data_prep.steps import ROW_STEPS, Drop, row_step
-from recipes.authors import MODEL_COLUMNS, WRITTEN_BY
 from recipes.lineage import sha256_file
 from recipes.schema import Recipe
 from recipes.schema_data import Holdout, NearDedup, Step
+from recipes.signatures import MODEL_COLUMNS, WRITTEN_BY
 from recipes.tables import BadRecord
 
 BATCH = 2048  # rows held in memory

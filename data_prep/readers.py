@@ -14,9 +14,8 @@ from recipes.errors import DataError, RecipeError
 from recipes.evidence import COMMIT
 from recipes.lineage import sha256_file, sha256_json, sha256_path
 from recipes.schema_data import Passages, Source
-from recipes.tables import KINDS, Part, Record, kind_of, parts_of, records
+from recipes.tables import KINDS, Part, Record, data_files, is_saved_dataset, kind_of, parts_of, records
 
-SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
 DATASET_ROWS = 20_000  # rows of a hub or saved dataset in one piece
 SMALL = 1 << 20  # bytes of small files that share a piece
 
@@ -73,19 +72,11 @@ def source_files(source: Source) -> list[Path]:
         if source.passages is not None and path.suffix.lower() not in wanted:
             raise DataError("is no document, so it has no passages", str(path), "leave passages out")
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json")
-    rows = [p for p in found if kind_of(p) in wanted]
-    # Beside rows a README is no row; documents count where there is nothing else, or where passages are asked for.
-    files = rows or [p for p in found if p.suffix.lower() in documents.SUFFIXES]
+    files = data_files(path, documents=source.passages is not None)
     if not files:
         known = ", ".join((*KINDS, *documents.SUFFIXES))
         raise DataError(f"the folder holds no {known} file", str(path))
     return files
-
-
-def is_saved_dataset(path: Path) -> bool:
-    """Whether a folder was written by `datasets`' save_to_disk."""
-    return path.is_dir() and any((path / name).is_file() for name in SAVED)
 
 
 def _embedded_file(source: Source, folder: Path) -> Path:

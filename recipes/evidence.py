@@ -7,29 +7,31 @@ manifests are read (`recipes/papers.py`). Nothing is downloaded: a hub repositor
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase, translate
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from recipes.errors import DataError
 from recipes.facts import MAY_ALLOW, DataFamily, Family, Host, facts, fold
+from recipes.names import COMMIT as COMMIT
+from recipes.names import HUB_ID as HUB_ID
+from recipes.names import (
+    family_called,
+    folded,
+    host_of_model,
+    is_release,
+    near_miss,
+    normalised,
+    serves,
+)
+from recipes.names import host_at as host_at
+from recipes.names import host_named as host_named
 
 Role = Literal["base", "teacher", "judge", "data", "eval"]
 NO_EVIDENCE = "no evidence"  # source of the doubt that nobody states what an asset is under
-COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB_ID = re.compile(r"(?P<repo>[^/\s@:]+/[^/\s@:]+)(?:@(?P<revision>\S+))?")
-RELEASE = re.compile(
-    r"(?:-?\d+(?:\.\d+)?(?:x\d+)?[bm](?:-a\d+(?:\.\d+)?b)?)?(?:-?\d+e)?(?:-(?:instruct|it|chat|base|hf|pt|vision|text))*"
-    r"(?:-v?\d+(?:\.\d+)*)?(?:-hf)?"
-)
-QUANTISED = re.compile(
-    r"[-_.](?:i1-)?(?:gguf|ggml|awq|gptq|exl[23]|hqq|mlx|fp8(?:-dynamic)?|nvfp4|mxfp4|int[48]|[248]-?bits?|bnb-4bit|"
-    r"unsloth|quantized|w\d+a\d+|imatrix|q\d(?:_\w+)*)(?=$|[-_.])",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def model_asset(name: str, role: Role, at_hand: bool = False) -> Asset:
     """A model by its hub id `org/name[@revision]`, known by its name alone.
 
     Args:
-        at_hand: files accompany the name, so the verdict need not wait for them.
+        at_hand: its files accompany the name, so the verdict need not wait for them.
     """
     cleaned, doubts = clean(name)
     match = HUB_ID.fullmatch(cleaned)
@@ -103,77 +105,103 @@ def model_asset(name: str, role: Role, at_hand: bool = False) -> Asset:
 
 def bare_model(name: str, role: Role, doubts: tuple[Doubt, ...] = ()) -> Asset:
     """A model by a bare name, as rows and servers give it: `claude-2`, `Meta-Llama-3-8B-Instruct`."""
-    wanted = re.sub(r"[\s_]+", "-", name.casefold().strip())
-    for host in facts().families.hosts:
-        if _serves(host, wanted) or _serves(host, name):
-            return service_asset(host, name, role, doubts)
-    family = _by_base_name(name)
+    if host := host_of_model(name):
+        return service_asset(host, name, role, doubts)
+    family = family_called(name)
     if family is None:
         return Asset(name, role, "model", doubts=(*doubts, _unknown(name)))
     claims = tuple(_family_claims(family, f"the name, as of {family.id}"))
-    doubts = (*doubts, *_unread(family))
-    return Asset(name, role, "model", claims, _generators(family, role), doubts, frozenset(family.flags))
+    doubts = (*doubts, *_family_doubts(family, None), *_new_sibling(name, family))
+    flags = frozenset(family.flags)
+    return Asset(name, role, "model", claims, _generators(family, role), doubts, flags, provisional=True)
 
 
 def service_asset(host: Host, name: str, role: Role, doubts: tuple[Doubt, ...] = ()) -> Asset:
-    """A model behind a service: the terms of the host, and of the model where the host passes them on."""
+    """A model behind a service: the terms of the host, and of the model where the host passes them on.
+
+    A service vouches for its own models only: `deepseek:gpt-4o` is GPT-4o, whoever passes it on.
+    """
     claims = tuple(
         Claim(licence, licence, f"terms of {host.names[0]}", host.verified in MAY_ALLOW) for licence in host.licences
     )
-    parents: tuple[tuple[str, Asset], ...] = ()
+    inner = name.partition(":")[2] or name.partition("/")[2] or name
+    behind: Asset | None = None
     if host.model_licence_too:
-        inner = name.partition(":")[2] or name.partition("/")[2] or name
-        behind = model_asset(inner, role, at_hand=True) if "/" in inner else bare_model(inner, role)
-        parents = (("serves", behind),)
-    return Asset(name, role, "service", claims, parents, doubts)
+        behind = model_asset(inner, role) if "/" in inner else bare_model(inner, role)
+    elif ":" in name and "://" not in name and not (serves(host, inner) or serves(host, folded(inner))):
+        behind = _of_another_house(host, inner, role)
+        own = any(inner.casefold().startswith(prefix) for prefix in host.names)
+        if behind is None and host.models and not own:
+            says = f"{host.names[0]} is not known to serve a model called '{inner}'"
+            doubts = (*doubts, Doubt("block", says, "the name", "name the model as the service does", unknown=True))
+    parents: tuple[tuple[str, Asset], ...] = () if behind is None else (("serves", behind),)
+    return Asset(
+        name, role, "service", claims, parents, doubts, provisional=any(parent.provisional for _, parent in parents)
+    )
 
 
-def host_named(prefix: str) -> Host | None:
-    return next((h for h in facts().families.hosts if prefix.casefold().strip() in h.names), None)
-
-
-def host_at(address: str) -> Host | None:
-    """The service at a host name."""
-    return next((h for h in facts().families.hosts if any(fnmatchcase(address.casefold(), p) for p in h.hosts)), None)
+def _of_another_house(host: Host, name: str, role: Role) -> Asset | None:
+    """The model of another maker that a name means, None where it may be the service's own."""
+    if (other := host_of_model(name)) is not None:
+        return service_asset(other, name, role) if other is not host else None
+    family = facts().model(name) or family_called(name.rpartition("/")[2])
+    if family is None or any(family.id.casefold().startswith(own) for own in host.names):
+        return None
+    return model_asset(name, role) if "/" in name else bare_model(name, role)
 
 
 def dataset_asset(name: str, role: Role) -> Asset:
-    """A data set by its hub id, known by its name alone."""
+    """A data set by its hub id, or by the bare name of a published one, known by its name alone."""
     cleaned, doubts = clean(name)
-    match = HUB_ID.fullmatch(cleaned)
-    found = facts().dataset(match["repo"]) if match else None
+    found = dataset_named(cleaned)
     if found is None:
         return Asset(cleaned, role, "data", doubts=(*doubts, _unknown(cleaned)), provisional=True)
     return Asset(cleaned, role, "data", *_of_dataset(found, role), (*doubts, *_unread(found)), provisional=True)
 
 
-def dataset_by_file_name(path: Path, role: Role) -> tuple[tuple[Claim, ...], tuple[tuple[str, Asset], ...]]:
-    """What a file's or its folder's name betrays: a published set by the name it goes by. It can only deny."""
-    for name in (path.name.casefold(), path.resolve().parent.name.casefold()):
-        for family in facts().families.datasets:
-            if any(fnmatchcase(name, pattern) for pattern in family.names):
-                claims, parents = _of_dataset(family, role)
-                return tuple(
-                    Claim(c.licence, c.stated, f"the name '{name}': {c.source}", False) for c in claims
-                ), parents
-    return (), ()
+def dataset_named(name: str) -> DataFamily | None:
+    """The published set of a name: its hub id with or without revision, or what it is commonly called."""
+    plain = name.partition("@")[0]
+    if (found := facts().dataset(plain)) is not None or "/" in plain:
+        return found
+    called = next((f for f in facts().families.datasets if f.id.casefold().endswith(f"/{plain.casefold()}")), None)
+    return called or _set_in_file_name(plain.casefold())
+
+
+def datasets_by_file_name(path: Path, role: Role) -> tuple[tuple[Claim, ...], tuple[tuple[str, Asset], ...]]:
+    """What the names of a file and of the folders around it betray, or those inside a folder: published sets by the
+    names they go by. They can only deny."""
+    near = path.resolve()
+    names = [near.name, *(p.name for p in near.parents[: 1 if path.is_dir() else 2])]
+    if path.is_dir():
+        names += sorted({part for p in path.rglob("*") if p.is_file() for part in p.relative_to(path).parts})
+    claims: dict[Claim, None] = {}
+    parents: dict[tuple[str, Asset], None] = {}
+    for name in dict.fromkeys(name.casefold() for name in names):
+        if (family := _set_in_file_name(name)) is not None:
+            stated, writers = _of_dataset(family, role)
+            named = (Claim(c.licence, c.stated, f"the name '{name}': {c.source}", False) for c in stated)
+            claims |= dict.fromkeys(named)
+            parents |= dict.fromkeys(writers)
+    return tuple(claims), tuple(parents)
+
+
+def _set_in_file_name(name: str) -> DataFamily | None:
+    """The published set that a lower-case file or folder name gives away."""
+    candidates = [c for c in (name, f"{name}.") if _any_set().match(c)]
+    sets = facts().families.datasets
+    return next((f for f in sets for c in candidates if any(fnmatchcase(c, p) for p in f.names)), None)
+
+
+@cache
+def _any_set() -> re.Pattern[str]:
+    """All patterns of published sets at once: most names match none of them."""
+    return re.compile("|".join(translate(p) for f in facts().families.datasets for p in f.names))
 
 
 def clean(name: str) -> tuple[str, tuple[Doubt, ...]]:
     """A name with widths and spaces normalised; letters that only look like others make it unknown."""
-    plain = unicodedata.normalize("NFKC", name).strip()
-    plain = re.sub(r"\s*([/@:])\s*", r"\1", "".join(c for c in plain if unicodedata.category(c) != "Cf"))
-    for prefix in (
-        "https://huggingface.co/",
-        "http://huggingface.co/",
-        "https://www.huggingface.co/",
-        "https://hf.co/",
-        "hf.co/",
-        "huggingface.co/",
-        "datasets/",
-    ):
-        plain = plain.removeprefix(prefix)
-    plain = re.sub(r"/(?:tree|resolve|blob)/([^/]+).*$", r"@\1", plain).removesuffix("/")
+    plain = normalised(name)
     if not plain.isascii():
         says = f"'{plain}' holds letters from outside the Latin alphabet, which can pass for others"
         return plain, (Doubt("block", says, "the name", "write the id as the hub shows it", unknown=True),)
@@ -187,27 +215,46 @@ def _by_name(
     organisation, _, name = repo.partition("/")
     doubts: list[Doubt] = []
     source = ""
-    if found is None:
-        found = _by_base_name(name)
+    if found is not None:
+        doubts += _new_sibling(name, found)
+    else:
+        found = family_called(name)
         source = f"the name, as of {found.id}" if found else ""
         mirrored = organisation.casefold() in {m.casefold() for m in facts().families.mirrors}
-        if found is not None and not (mirrored and _is_release(name, found)):
+        if found is not None and not (mirrored and is_release(name, found)):
             says = "its name says what it was made from, not what else is in it"
             doubts.append(Doubt("block", says, "the name", "give a folder with its card", unknown=True))
-        if near := _near_miss(organisation):
+        if near := near_miss(organisation):
             says = f"'{organisation}' is not '{near}' but looks like it"
             doubts.append(Doubt("block", says, "the name", f"did you mean {near}/{name}?", unknown=True))
     if found is None:
         return [], [], [*doubts, *([] if doubts else [_unknown(repo)])], frozenset()
     claims = _family_claims(found, source or f"id pattern {found.id} ({found.source})")
-    doubts += _unread(found)
-    if found.history and revision not in (None, "main"):
-        says = f"its licence changed over time ({'; '.join(found.history)}), and the text at {revision} decides"
-        doubts.append(Doubt("review", says, found.source, "give the files of that revision"))
-    if "review" in found.flags:
-        says = found.note or "its terms need a person's eye"
-        doubts.append(Doubt("review", says, found.source, "read the terms and attest"))
+    doubts += _family_doubts(found, revision)
     return claims, list(_generators(found, "base")), doubts, frozenset(found.flags)
+
+
+def _family_doubts(family: Family, revision: str | None) -> list[Doubt]:
+    """What a family leaves to a person: terms that nobody has read, that changed, or that need an eye."""
+    doubts = list(_unread(family))
+    if family.history and revision not in (None, "main"):
+        says = f"its licence changed over time ({'; '.join(family.history)}), and the text at {revision} decides"
+        doubts.append(Doubt("review", says, family.source, "give the files of that revision"))
+    if "review" in family.flags:
+        says = family.note or "its terms need a person's eye"
+        doubts.append(Doubt("review", says, family.source, "read the terms and attest"))
+    return doubts
+
+
+def _new_sibling(name: str, family: Family) -> list[Doubt]:
+    """A doubt where a wide pattern that permits matches a name that is none of a release: it may be under other terms.
+    Patterns that restrict are wide on purpose."""
+    rules = [facts().licences[licence] for licence in family.licences]
+    permits = bool(rules) and all(r.outputs.rule == "allowed" and r.commercial.rule != "noncommercial" for r in rules)
+    if not permits or is_release(name, family):
+        return []
+    says = f"'{name}' is called as {family.id} but is no release of it that is known here"
+    return [Doubt("block", says, NO_EVIDENCE, "give a folder with its card, or attest", unknown=True)]
 
 
 def _family_claims(family: Family, source: str) -> list[Claim]:
@@ -235,68 +282,10 @@ def _of_dataset(family: DataFamily, role: Role) -> tuple[tuple[Claim, ...], tupl
     return claims, _generators(family, "data") if role != "eval" else ()
 
 
-def _by_base_name(name: str) -> Family | None:
-    """The family whose models are called so, whoever uploaded this one: re-uploads, quantised or not."""
-    for candidate in (name, _unquantised(name)):
-        for family in facts().families.models:
-            owner, _, pattern = family.id.casefold().partition("/")
-            inner = candidate.casefold().removeprefix(f"{owner}_")  # acme_model: how some mirrors write acme/model
-            if pattern not in {"*", ""} and fnmatchcase(inner, pattern):
-                return family
-    return None
-
-
-def _is_release(name: str, family: Family) -> bool:
-    """Whether a re-upload's name is that of a release, and not of something made from one."""
-    owner, _, pattern = family.id.casefold().partition("/")
-    if "*" not in pattern:
-        return True
-    begin = pattern.rstrip("*")
-    rest = _unquantised(name).casefold().removeprefix(f"{owner}_").removeprefix(begin)
-    return "*" not in begin and RELEASE.fullmatch(rest) is not None
-
-
-def _unquantised(name: str) -> str:
-    """A name without the marks of quantisation at its end."""
-    while (shorter := QUANTISED.sub("", name)) != name:
-        name = shorter
-    return name
-
-
-def _near_miss(organisation: str) -> str | None:
-    """An organisation of the facts that this one can be mistaken for."""
-    known = {f.id.partition("/")[0] for f in facts().families.models}
-    known = {o for o in known if "*" not in o}
-    if organisation.casefold() in {o.casefold() for o in known}:
-        return None
-    look = _look(organisation)
-    return next((o for o in sorted(known) if _look(o) == look or _one_edit(_look(o), look)), None)
-
-
-def _look(text: str) -> str:
-    swapped = text.translate(str.maketrans("I1|0O5_", "llloos-"))
-    return swapped.casefold().replace("rn", "m").replace("vv", "w")
-
-
-def _one_edit(a: str, b: str) -> bool:
-    """Whether two names of at least six letters differ by one letter, or by two neighbours swapped."""
-    if min(len(a), len(b)) < 6 or abs(len(a) - len(b)) > 1:
-        return False
-    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    rest_a, rest_b = a[start:], b[start:]
-    swapped = len(a) == len(b) and rest_a[:2] == rest_b[:2][::-1] and rest_a[2:] == rest_b[2:]
-    return swapped or rest_a[1:] == rest_b or rest_a == rest_b[1:] or rest_a[1:] == rest_b[1:]
-
-
 def _service(prefix: str, name: str) -> Host | None:
     """Hub-style names of hosted models, `openai/gpt-4o`; open weights of the same house are no service."""
     host = host_named(prefix)
-    return host if host is not None and _serves(host, name) else None
-
-
-def _serves(host: Host, name: str) -> bool:
-    """Whether a model of this name belongs to the service wherever it is met."""
-    return any(fnmatchcase(name.casefold(), pattern) for pattern in host.models)
+    return host if host is not None and serves(host, name) else None
 
 
 def _unknown(name: str) -> Doubt:
@@ -357,6 +346,17 @@ def from_record(record: dict[str, Any]) -> Asset:
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"its lineage cannot be read ({error})", "manifest.json", "make the artefact again") from None
+
+
+def recast(asset: Asset, role: Role) -> Asset:
+    """The lineage of a model in the role that the model is asked for: of a teacher, its bases have taught as well.
+
+    A teacher stays one, for its outputs are in the student and in what the student writes; so do data.
+    """
+    if role not in {"teacher", "judge"}:
+        return asset
+    parents = tuple((relation, recast(parent, role)) for relation, parent in asset.parents)
+    return replace(asset, role=role if asset.role == "base" else asset.role, parents=parents)
 
 
 def _claim(record: dict[str, Any]) -> Claim:

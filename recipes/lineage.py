@@ -142,7 +142,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise DataError(f"cannot be read ({error})", str(path), "run the stage that made it again") from None
     if not isinstance(manifest, dict):
         raise DataError("is no JSON object", str(path), "run the stage that made it again")
-    if "retort_version" in manifest and manifest != sealed(manifest):
+    if {"retort_version", SEAL} & manifest.keys() and manifest != sealed(manifest):
         raise DataError("was changed after it was written", str(path), "run the stage that made it again")
     return manifest
 
@@ -156,9 +156,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def verify(folder: Path) -> list[str]:
+def verify(folder: Path, part: str = "") -> list[str]:
     """Recompute the hashes of an artefact. Returns the names of files that are missing, differ, or were added to it
     (empty: intact). Files whose names begin with a dot are nobody's.
+
+    Args:
+        part: only of the files whose names begin so; `model/` is a subfolder.
 
     Raises:
         DataError: the folder has no manifest.
@@ -174,9 +177,10 @@ def verify(folder: Path) -> list[str]:
     wrong = []
     for name, expected in files.items():
         path = folder / name
-        if not path.is_file() or sha256_file(path) != expected:
+        if name.startswith(part) and (not path.is_file() or sha256_file(path) != expected):
             wrong.append(name)
-    return wrong + (_added(folder, manifest) if "retort_version" in manifest else [])
+    added = _added(folder, manifest) if "retort_version" in manifest else []
+    return wrong + [name for name in added if name.startswith(part)]
 
 
 def _added(folder: Path, manifest: dict[str, Any]) -> list[str]:

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recipes.authors import read_authors
+from recipes.cards import Card, grown_from, read_cards
 from recipes.errors import DataError
 from recipes.evidence import (
     COMMIT,
     HUB_ID,
-    NO_EVIDENCE,
     Asset,
     Claim,
     Doubt,
@@ -26,19 +24,35 @@ from recipes.evidence import (
     bare_model,
     clean,
     dataset_asset,
-    dataset_by_file_name,
+    dataset_named,
+    datasets_by_file_name,
     from_record,
     host_named,
     licence_named,
     model_asset,
+    recast,
     service_asset,
 )
-from recipes.facts import facts
-from recipes.findings import OTHER, Found, architecture, licence_texts, read_gguf, read_json
-from recipes.lineage import MANIFEST, read_manifest, sha256_file, verify
+from recipes.findings import OTHER, Found, architecture, betrayed, ggufs, licence_texts, read_gguf, read_json
+from recipes.lineage import MANIFEST, SEAL, read_manifest, sha256_file, verify
+from recipes.names import host_of_model
+from recipes.origins import MERGES, artefact_around, merged_models, names_in_path
+from recipes.tables import data_files
 
-DEPTH = 8  # of local folders that name each other
-_open_folders: list[Path] = []  # local folders that are being read, to see those that name each other in a circle
+DEPTH = 40  # of folders that name each other
+FOLDERS = 400  # read for one asset
+
+
+@dataclass
+class _Reading:
+    """The folders that are being read, outermost first, to see those that name each other in a circle; and how many
+    have been read for the outermost."""
+
+    open: list[Path] = field(default_factory=list)
+    count: int = 0
+
+
+_reading = _Reading()
 
 
 def local_model(path: Path, name: str, role: Role, stated: str | None = None) -> Asset:
@@ -57,40 +71,51 @@ def local_model(path: Path, name: str, role: Role, stated: str | None = None) ->
         _card(path.parent, found, role)
         licence_texts(path.parent, found)
         return found.asset(name, role, "model")
-    if path.resolve() in _open_folders:
+    if not _is_model(path):
+        raise DataError("is no model folder: no config.json, adapter_config.json, card or manifest", str(path))
+    _guarded(path, found, role)
+    return found.asset(name, role, "adapter" if (path / "adapter_config.json").is_file() else "model")
+
+
+def _is_model(path: Path) -> bool:
+    named = ("adapter_config.json", "config.json", MANIFEST, "README.md", *MERGES)
+    return any((path / n).is_file() for n in named) or bool(ggufs(path))
+
+
+def _guarded(path: Path, found: Found, role: Role, repo: str | None = None) -> None:
+    """Read the papers of a folder, unless it is being read already or there is no end to them."""
+    here = path.resolve()
+    if not _reading.open:
+        _reading.count = 0
+    _reading.count += 1
+    if here in _reading.open:
         says = "folders name each other as base in a circle"
         found.doubt("block", says, str(path), "name the true base", unknown=True)
-        return found.asset(name, role, "model")
-    _open_folders.append(path.resolve())
+        return
+    if len(_reading.open) >= DEPTH or _reading.count > FOLDERS:
+        says = f"what it is made of leads through more than {DEPTH} generations or {FOLDERS} folders"
+        found.doubt("block", says, str(path), "attest to it, or name its base by its hub id", unknown=True)
+        return
+    _reading.open.append(here)
     try:
-        return _model_folder(path, name, role, found)
+        _read_folder(path, found, role, repo)
     finally:
-        _open_folders.pop()
+        _reading.open.pop()
 
 
-def _model_folder(path: Path, name: str, role: Role, found: Found) -> Asset:
-    is_adapter = (path / "adapter_config.json").is_file()
-    known = is_adapter or any((path / n).is_file() for n in ("config.json", MANIFEST, "README.md"))
-    if not known and not any(path.glob("*.gguf")):
-        raise DataError("is no model folder: no config.json, adapter_config.json, card or manifest", str(path))
-    _read_folder(path, found, role)
-    return found.asset(name, role, "adapter" if is_adapter else "model")
-
-
-def _read_folder(path: Path, found: Found, role: Role, is_snapshot: bool = False) -> None:
-    """All papers of a model folder, or of a snapshot of a hub repository (whose own name says where it is from)."""
-    for converted in sorted(path.glob("*.gguf")):
+def _read_folder(path: Path, found: Found, role: Role, repo: str | None = None) -> None:
+    """All papers of a model folder, or of a snapshot of the hub repository `repo`."""
+    for converted in ggufs(path):
         read_gguf(converted, found, role)
-    ours = not is_snapshot and _our_manifest(path, found, role)
+    _our_manifest(path, found, role)
     _card(path, found, role)
     licence_texts(path, found)
     _merge(path, found, role)
     if (path / "adapter_config.json").is_file():
         _adapter(path, found, role)
-    elif (path / "config.json").is_file():
+    if (path / "config.json").is_file():
         config = read_json(path / "config.json", found)
-        if not ours and not is_snapshot:
-            _origin(path, config, found, role)
+        _origin(path, config, found, role, repo)
         architecture(config, found)
 
 
@@ -103,7 +128,7 @@ def local_data(path: Path, name: str, role: Role, stated: str | None = None, col
     found = Found()
     if stated:
         found.claim(stated, "the recipe")
-    claims, parents = dataset_by_file_name(path, role)
+    claims, parents = datasets_by_file_name(path, role)
     found.claims += claims
     found.parents += parents
     if path.is_dir():
@@ -111,10 +136,14 @@ def local_data(path: Path, name: str, role: Role, stated: str | None = None, col
         licence_texts(path, found)
     folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else [path.parent]
     for folder in folders:
-        if _card(folder, found, role, data=True) and folder != path:
+        if _data_card(folder, found, role) and folder != path:
             licence_texts(folder, found)
     if columns:
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        files = data_files(path)
+        if all(file.name.casefold() == "readme.md" for file in files):
+            says = "holds no rows that Retort reads, so nobody can tell who wrote them"
+            remedy = "convert it to JSON Lines, CSV or Parquet under that ending"
+            found.doubt("block", says, str(path), remedy, unknown=True)
         _rows(files, found, role)
     return found.asset(name, role, "data")
 
@@ -144,7 +173,7 @@ def hub_model(name: str, role: Role, stated: str | None = None) -> Asset:
         found.answer()  # until the files are here
     if folder is not None:
         before = len(found.claims)
-        _read_folder(folder, found, role, is_snapshot=True)
+        _guarded(folder, found, role, match["repo"] if match else None)
         if len(found.claims) == before and any(folder.glob("*.safetensors")):
             says = "its files do not say what it is under, so they do not confirm what its name suggests"
             found.doubt("review", says, "no card, no licence text", "read its page on the hub, and attest")
@@ -156,6 +185,7 @@ def hub_model(name: str, role: Role, stated: str | None = None) -> Asset:
         parents=tuple(found.parents),
         doubts=tuple(found.doubts),
         flags=frozenset(found.flags),
+        provisional=known.provisional or any(parent.provisional for _, parent in found.parents),
         files=found.files,
     )
 
@@ -171,10 +201,11 @@ def hub_data(name: str, role: Role, stated: str | None = None) -> Asset:
     if stated or folder is not None:
         found.answer()
     if folder is not None:
-        _card(folder, found, role, data=True)
+        _data_card(folder, found, role)
         licence_texts(folder, found)
-        _rows(sorted(p for p in folder.rglob("*") if p.is_file()), found, role)
-    return replace(found.asset(known.name, role, "data"), provisional=folder is None)
+        _rows(data_files(folder), found, role)
+    made = found.asset(known.name, role, "data")
+    return replace(made, provisional=folder is None or made.provisional)
 
 
 def _reference(text: str, role: Role, near: Path | None) -> Asset:
@@ -186,7 +217,7 @@ def _reference(text: str, role: Role, near: Path | None) -> Asset:
     text = text.strip()
     local = text.startswith(("/", "./", "../", "~", "\\")) or re.match(r"^[A-Za-z]:[\\/]", text)
     place = next((p for p in (near / text, Path(text)) if _exists(p)), None) if near is not None else None
-    if place is not None and len(_open_folders) < DEPTH and (local or not HUB_ID.fullmatch(text)):
+    if place is not None and (local or not HUB_ID.fullmatch(text)):
         return local_model(place, text, role)
     name = clean(text)[0]
     if not local and (host := host_named(re.split(r"[:/]", name)[0])) and (":" in name or host.model_licence_too):
@@ -197,7 +228,7 @@ def _reference(text: str, role: Role, near: Path | None) -> Asset:
         says = f"'{text[:200]}' is a path on the machine where it was made"
         doubt = Doubt("block", says, "its configuration", "name the base as org/name, or give its folder", unknown=True)
         return Asset(text[:200], role, "model", doubts=(doubt,))
-    return model_asset(text, role, at_hand=True)
+    return hub_model(text, role) if name.isascii() else model_asset(text, role)
 
 
 def _exists(path: Path) -> bool:
@@ -207,91 +238,55 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _card(folder: Path, found: Found, role: Role, data: bool = False) -> bool:
-    """YAML front matter of README.md: licence, base models, data sets. Returns whether there is any."""
-    path = folder / "README.md"
-    if not path.is_file():
+def _card(folder: Path, found: Found, role: Role) -> None:
+    """The card of a model: its licence, and what it was made from."""
+    for card in read_cards(folder, found, data=False):
+        for name in card.sets:
+            _published(name, "was trained on", found)
+        for base in card.bases:
+            found.parents.append(("is made from", _reference(base, role, folder)))
+
+
+def _data_card(folder: Path, found: Found, role: Role) -> list[Card]:
+    """The card of data: its licence, and the sets it grew from. Of what it grew from nothing may stay unknown."""
+    cards = read_cards(folder, found, data=True)
+    for source in dict.fromkeys(source for card in cards for source in card.sources):
+        name = grown_from(source)
+        if name is None or _published(name, "is made from", found):
+            continue
+        if host_of_model(name) is not None:
+            found.parents.append(("holds rows written by", bare_model(name, "teacher")))
+            continue
+        says = f"its card says that it grew from '{source}', of which nothing is known"
+        found.doubt("review", says, "card README.md", "find out what that is under, and attest", unknown=True)
+    return cards
+
+
+def _published(name: str, relation: str, found: Found) -> bool:
+    """Whether a name is that of a published set, which is then a parent."""
+    if dataset_named(clean(name)[0]) is None:
         return False
-    text = path.read_text("utf-8", errors="replace").removeprefix("\ufeff")
-    matter = re.match(r"^\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
-    if matter is None:
-        if not data:
-            found.read(path)
-        return False
-    found.read(path)
-    try:
-        meta = yaml.safe_load(matter[1])
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError):
-        meta = None
-    if not isinstance(meta, dict):
-        found.doubt("review", "the front matter of its card cannot be read", str(path), "repair the card")
-        return True
-    licences = meta.get("license")
-    stated = [str(v) for v in (licences if isinstance(licences, list) else [licences]) if v is not None]
-    named = meta.get("license_name")
-    real = [s for s in stated if s.casefold() not in OTHER]
-    if named is not None and not real:
-        stated = [str(named)]
-    elif real and (
-        len(real) < len(stated) or (named is not None and licence_named(str(named)) not in map(licence_named, real))
-    ):
-        says = f"its card names {', '.join(real)} and other terms besides ({named or 'other'})"
-        found.doubt("review", says, f"card {path.name}", "read the other terms, and attest")
-    for one in stated:
-        found.claim(one, f"card {path.name}")
-    for trained in _names_in(meta.get("source_datasets" if data else "datasets")):
-        if facts().dataset(clean(trained)[0]) is not None:
-            found.parents.append(("is made from" if data else "was trained on", dataset_asset(trained, "data")))
-    if data:
-        return True
-    for base in _names_in(meta.get("base_model") or meta.get("base_models")):
-        found.parents.append(("is made from", _reference(base, role, folder)))
+    found.parents.append((relation, dataset_asset(name, "data")))
     return True
 
 
-def _names_in(value: Any) -> list[str]:
-    """The names that a field of a card lists, whatever shape its author gave it."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return [
-        name
-        for part in parts
-        if part is not None
-        for name in (_names_in(list(part.values())) if isinstance(part, dict) else [str(part).strip()])
-        if name
-    ]
-
-
-def _origin(path: Path, config: dict[str, Any], found: Found, role: Role) -> None:
-    """The repository that a configuration was saved from: it can deny."""
-    origin = config.get("_name_or_path")
-    if isinstance(origin, str) and HUB_ID.fullmatch(origin) and not (path / origin).exists():
-        named = model_asset(origin, role, at_hand=True)
-        for claim in named.claims:
-            found.claims.append(Claim(claim.licence, claim.stated, f"config.json: _name_or_path {origin}", firm=False))
-        found.flags |= named.flags
-        found.parents += named.parents
-        found.doubts += [d for d in named.doubts if d.source != NO_EVIDENCE]
+def _origin(path: Path, config: dict[str, Any], found: Found, role: Role, repo: str | None) -> None:
+    """The model that a configuration was saved from: a hub id, or a path in which one stands. It can deny."""
+    for key in ("_name_or_path", "name_or_path"):
+        origin = config.get(key)
+        if not isinstance(origin, str) or not origin.strip():
+            continue
+        known = {repo, *(node.name for _, parent in found.parents for node, _ in parent.walk())}
+        for name in names_in_path(origin):
+            if name in known or _exists(path / name):
+                break
+            if (asset := betrayed(name, role, f"config.json: {key} {origin[:200]}")) is not None:
+                found.parents.append(("was saved from", asset))
+                break
 
 
 def _merge(path: Path, found: Found, role: Role) -> None:
-    """The models that mergekit says it merged."""
-    plan = next((p for p in (path / "mergekit_config.yml", path / "mergekit_config.yaml") if p.is_file()), None)
-    if plan is None:
-        return
-    try:
-        stack: list[Any] = [yaml.safe_load(found.read(plan))]
-    except (yaml.YAMLError, ValueError, RecursionError):
-        found.doubt("block", f"{plan.name} cannot be read", plan.name, "restore the file", unknown=True)
-        return
-    merged: list[str] = []
-    while stack:
-        part = stack.pop()
-        if isinstance(part, dict):
-            merged += [name for key in ("model", "base_model") for name in _names_in(part.get(key))]
-            stack += [value for key, value in part.items() if key not in {"model", "base_model"}]
-        elif isinstance(part, list):
-            stack += part
-    for name in dict.fromkeys(merged):
+    for name in merged_models(path, found):
         found.parents.append(("is merged from", _reference(name, role, path)))
 
 
@@ -309,28 +304,38 @@ def _adapter(path: Path, found: Found, role: Role) -> None:
     found.parents.append(("adapts", made_from))
 
 
-def _our_manifest(path: Path, found: Found, role: Role) -> bool:
-    """An artefact of Retort: its files must be as it was finished, and its whole lineage counts."""
-    if not (path / MANIFEST).is_file():
-        return False
-    manifest = read_manifest(path) or {}
-    if "retort_version" not in manifest:
-        return False
-    found.files[str(path / MANIFEST)] = sha256_file(path / MANIFEST)
-    if wrong := verify(path):
+def _our_manifest(path: Path, found: Found, role: Role) -> None:
+    """An artefact of Retort, or a part of one: its files must be as it was finished, and its whole lineage counts."""
+    for folder, part in artefact_around(path):
+        if (folder / MANIFEST).is_file():
+            manifest = read_manifest(folder) or {}
+            if {"retort_version", SEAL} & manifest.keys() or {"kind", "lineage"} <= manifest.keys():
+                _lineage(folder, manifest, found, role, part)
+                return
+
+
+def _lineage(folder: Path, manifest: dict[str, Any], found: Found, role: Role, part: str) -> None:
+    found.files[str(folder / MANIFEST)] = sha256_file(folder / MANIFEST)
+    if not {"retort_version", SEAL} <= manifest.keys():
+        found.doubt("block", "its manifest was changed after it was written", MANIFEST, "make it again", unknown=True)
+    elif wrong := verify(folder, part):
         says = f"was changed after it was finished: {', '.join(wrong[:4])}"
         found.doubt("block", says, MANIFEST, "make it again, or restore its files", unknown=True)
+    listed = manifest.get("files")
+    weights = [f"{part}{p.name}" for p in (folder / part).glob("*.safetensors")]
+    if not part.startswith("checkpoints/") and (added := [w for w in weights if w not in (listed or {})]):
+        says = f"holds weights that were not made with it: {', '.join(sorted(added)[:4])}"
+        found.doubt("block", says, MANIFEST, "make it again, or take them out", unknown=True)
     if isinstance(manifest.get("license"), str):
         found.claim(manifest["license"], MANIFEST)
     before = len(found.parents)
     for entry in _entries(manifest, "lineage"):
-        found.parents.append(("descends from", from_record(entry)))
+        found.parents.append(("descends from", recast(from_record(entry), role)))
     if not manifest.get("lineage"):
         for parent in _entries(manifest, "parents"):
             if isinstance(parent.get("ref"), str):
-                found.parents.append(("descends from", _parent(parent, path)))
+                found.parents.append(("descends from", _parent(parent, folder, role)))
     found.ours = len(found.parents) > before
-    return True
 
 
 def _entries(manifest: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -338,9 +343,10 @@ def _entries(manifest: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
-def _parent(parent: dict[str, Any], near: Path) -> Asset:
+def _parent(parent: dict[str, Any], near: Path, asked: Role) -> Asset:
     kind = "data" if parent.get("role") in {"data", "eval"} else "model"
-    role: Role = "data" if kind == "data" else "teacher" if parent.get("role") == "teacher" else "base"
+    model: Role = asked if asked in {"teacher", "judge"} else "base"
+    role: Role = "data" if kind == "data" else "teacher" if parent.get("role") == "teacher" else model
     ref, licence = parent["ref"], parent.get("license")
     claims = (Claim(licence_named(str(licence)), str(licence), MANIFEST),) if licence else ()
     if ref.startswith("embedded:"):

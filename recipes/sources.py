@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from recipes.endpoints import endpoint_assets
 from recipes.errors import DataError, RecipeError
 from recipes.evidence import (
     HUB_ID,
@@ -18,6 +19,8 @@ from recipes.evidence import (
     Role,
     bare_model,
     clean,
+    dataset_asset,
+    dataset_named,
     from_record,
     host_at,
     host_named,
@@ -53,12 +56,17 @@ def _recipe_assets(recipe: Recipe, columns: bool) -> Iterator[Asset]:
     if recipe.model.run is not None:
         yield _run(recipe.model.run)
     if recipe.teacher is not None:
-        yield asset_named(recipe.teacher.model, "teacher", recipe.teacher.license)
+        taught = asset_named(recipe.teacher.model, "teacher", recipe.teacher.license)
+        yield taught
+        if (http := recipe.teacher.engine.http) is not None:
+            yield from endpoint_assets(taught, http.urls, http.served_as)
     marking = [*(recipe.method.rewards if recipe.method.type == "grpo" else ())]
     marking += recipe.teacher.verify if recipe.teacher is not None else ()
     for term in marking:
         if term.judge is not None:
-            yield asset_named(term.judge.model, "judge")
+            marked = asset_named(term.judge.model, "judge")
+            yield marked
+            yield from endpoint_assets(marked, (term.judge.url,), None)
     for source in recipe.data.train:
         yield _source(source, "data", columns)
     # Benchmarks that rows are compared with (decontaminate) leave nothing in the model, so they are not judged.
@@ -130,7 +138,8 @@ def asset_named(text: str, role: Role, stated: str | None = None) -> Asset:
             raise RecipeError(
                 f"'{text}' is no reference", "asset", "write org/name@revision, host:model, embedded:NAME or a path"
             )
-        return bare_model(name, role, doubts)
+        known_set = role in {"data", "eval"} and dataset_named(name) is not None
+        return dataset_asset(name, role) if known_set else bare_model(name, role, doubts)
     if role in {"data", "eval"}:
         return hub_data(name, role, stated)
     return hub_model(name, role, stated)

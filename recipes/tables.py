@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from recipes.errors import DataError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
+DOCUMENTS = (".txt", ".md", ".html", ".htm", ".pdf", ".docx")  # read as passages of text
+SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
+NO_ROWS = {"manifest.json", "dataset_infos.json", *SAVED}  # beside rows
+OUR_NOTES = {"statistics.json", "dropped.jsonl"}  # beside rows that Retort prepared
 PART_BYTES = 2 << 20  # JSON Lines: a part ends with the first line that passes this size
 PART_ROWS = 50_000  # Parquet: a part ends with the first row group that passes this number of rows
 
@@ -54,6 +59,30 @@ def kind_of(path: Path) -> str:
     """The ending that says how a file is read, in lower case, without that of its compression."""
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return name.suffix.lower()
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `datasets`' save_to_disk."""
+    return path.is_dir() and any((path / name).is_file() for name in SAVED)
+
+
+def data_files(path: Path, documents: bool = False) -> list[Path]:
+    """The files of which preparation reads rows: a file itself, those of a folder sorted by name. None: it reads none.
+
+    Args:
+        documents: documents are asked for, not rows. Else they count only where there is nothing else, for beside rows
+            a README is no row.
+    """
+    if path.is_file():
+        return [path] if kind_of(path) in KINDS or path.suffix.lower() in DOCUMENTS else []
+    saved = sorted(p for p in path.rglob("*.arrow") if is_saved_dataset(path) and not p.name.startswith("cache-"))
+    found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_note(p))
+    rows = [p for p in found if kind_of(p) in (DOCUMENTS if documents else KINDS)]
+    return [*saved, *rows] or [p for p in found if p.suffix.lower() in DOCUMENTS]
+
+
+def _is_note(path: Path) -> bool:
+    return path.name in NO_ROWS or (path.name in OUR_NOTES and (path.parent / "manifest.json").is_file())
 
 
 def parts_of(path: Path) -> tuple[str, list[Part]]:
@@ -207,6 +236,10 @@ def _read_csv(part: Part) -> Iterator[Record]:
     with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
         try:
+            header = list(reader.fieldnames or ())
+            if len(header) == 1 and (mark := re.search(r"[;|\t]", header[0])):
+                remedy = "write it again with commas (or as .tsv with tabs)"
+                raise DataError(f"has its columns apart by '{mark[0]}'", f"{path}:1", remedy)
             for record in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in record or None in record.values():
@@ -237,6 +270,27 @@ def _read_parquet(part: Part) -> Iterator[Record]:
         raise _broken("Parquet", error, part.path) from None
 
 
+def _read_arrow(part: Part) -> Iterator[Record]:
+    """The rows of a saved data set."""
+    import pyarrow
+    from pyarrow import ipc
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(part.path)) as source:
+            try:
+                batches: Any = ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:
+                file = ipc.open_file(source)
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
+            for batch in batches:
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{part.path}[{number}]", record
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _broken("Arrow", error, part.path) from None
+
+
 def _broken(what: str, error: Exception, path: Path) -> DataError:
     return DataError(f"is not valid {what}: {(str(error).splitlines() or [''])[0]}", str(path))
 
@@ -248,4 +302,5 @@ READERS = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,  # inside a saved data set alone: KINDS does not name it
 }

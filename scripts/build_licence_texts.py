@@ -3,13 +3,14 @@
     pip download scancode-toolkit==32.5.0 --no-deps && unzip scancode_toolkit-*.whl -d texts
     python -m scripts.build_licence_texts texts/licensedcode/data/licenses
 
-The texts stay where they are; only hashes of their words are kept.
+The texts stay where they are; only hashes of their words are kept. Those under WORD_FOR_WORD are told word for word.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from recipes.texts import SKETCHES, sketch_of
@@ -85,6 +86,35 @@ ALIKE = [
     "wtfpl-2.0",
 ]
 
+# Licences that permit nearly all: what alters one of them must be seen. With the first and last words of what must
+# stand in a text (empty: all of it), and the words in whose place others write a name.
+WORD_FOR_WORD: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
+    "apache-2.0": (
+        ("TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION", "any such warranty or additional liability"),
+        (),
+    ),
+    "mit": (("", ""), ("AUTHORS OR COPYRIGHT HOLDERS",)),
+    "isc": (("", ""), ("AUTHOR",)),
+    "bsd-new": (
+        ("", ""),
+        ("ORGANIZATION", "its contributors", "COPYRIGHT HOLDERS AND CONTRIBUTORS", "COPYRIGHT HOLDER OR CONTRIBUTORS"),
+    ),
+    "bsd-simplified": (("", ""), ("COPYRIGHT HOLDERS AND CONTRIBUTORS", "COPYRIGHT HOLDER OR CONTRIBUTORS")),
+    "zlib": (("", ""), ()),
+    "unlicense": (("", "dealings in the software"), ()),
+    "cc0-1.0": (("Statement of Purpose", "this CC0 or use of the Work"), ()),
+    "cc-by-3.0": (
+        ("THE WORK (AS DEFINED BELOW) IS PROVIDED", "restrict the license of any rights under applicable law"),
+        (),
+    ),
+    "cc-by-4.0": (("By exercising the Licensed Rights", "legal processes of any jurisdiction or authority"), ()),
+    "cc-by-sa-4.0": (("By exercising the Licensed Rights", "legal processes of any jurisdiction or authority"), ()),
+    "cdla-permissive-2.0": (("This is the Community Data License Agreement", ""), ()),
+    "openmdw-1.0": (("By exercising rights granted", ""), ()),
+    "odc-by-1.0": (("The Open Data Commons Attribution License is a license agreement", ""), ()),
+}
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the sketches of licence texts.")
@@ -93,7 +123,8 @@ def main() -> None:
     entries = []
     for stem, licence in sorted({**TEXTS, **{name: name for name in ALIKE}}.items()):
         text = (folder / f"{stem}.LICENSE").read_text("utf-8")
-        entries.append(sketch_of(licence, f"scancode-toolkit 32.5.0: {stem}", text))
+        core, names = WORD_FOR_WORD.get(stem, (None, ()))
+        entries.append(sketch_of(licence, f"scancode-toolkit 32.5.0: {stem}", FRONT_MATTER.sub("", text), core, names))
     SKETCHES.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n", "utf-8")
     print(f"{len(entries)} texts, {SKETCHES.stat().st_size:,} bytes")
 
