@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase, translate
 from functools import cache
 from pathlib import Path
@@ -346,17 +346,6 @@ def from_record(record: dict[str, Any]) -> Asset:
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"its lineage cannot be read ({error})", "manifest.json", "make the artefact again") from None
-
-
-def recast(asset: Asset, role: Role) -> Asset:
-    """The lineage of a model in the role that the model is asked for: of a teacher, its bases have taught as well.
-
-    A teacher stays one, for its outputs are in the student and in what the student writes; so do data.
-    """
-    if role not in {"teacher", "judge"}:
-        return asset
-    parents = tuple((relation, recast(parent, role)) for relation, parent in asset.parents)
-    return replace(asset, role=role if asset.role == "base" else asset.role, parents=parents)
 
 
 def _claim(record: dict[str, Any]) -> Claim:

@@ -30,7 +30,6 @@ from recipes.evidence import (
     host_named,
     licence_named,
     model_asset,
-    recast,
     service_asset,
 )
 from recipes.findings import OTHER, Found, architecture, betrayed, ggufs, licence_texts, read_gguf, read_json
@@ -321,20 +320,15 @@ def _lineage(folder: Path, manifest: dict[str, Any], found: Found, role: Role, p
     elif wrong := verify(folder, part):
         says = f"was changed after it was finished: {', '.join(wrong[:4])}"
         found.doubt("block", says, MANIFEST, "make it again, or restore its files", unknown=True)
-    listed = manifest.get("files")
-    weights = [f"{part}{p.name}" for p in (folder / part).glob("*.safetensors")]
-    if not part.startswith("checkpoints/") and (added := [w for w in weights if w not in (listed or {})]):
-        says = f"holds weights that were not made with it: {', '.join(sorted(added)[:4])}"
-        found.doubt("block", says, MANIFEST, "make it again, or take them out", unknown=True)
     if isinstance(manifest.get("license"), str):
         found.claim(manifest["license"], MANIFEST)
     before = len(found.parents)
     for entry in _entries(manifest, "lineage"):
-        found.parents.append(("descends from", recast(from_record(entry), role)))
+        found.parents.append(("descends from", from_record(entry)))
     if not manifest.get("lineage"):
         for parent in _entries(manifest, "parents"):
             if isinstance(parent.get("ref"), str):
-                found.parents.append(("descends from", _parent(parent, folder, role)))
+                found.parents.append(("descends from", _parent(parent, folder)))
     found.ours = len(found.parents) > before
 
 
@@ -343,10 +337,9 @@ def _entries(manifest: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
-def _parent(parent: dict[str, Any], near: Path, asked: Role) -> Asset:
+def _parent(parent: dict[str, Any], near: Path) -> Asset:
     kind = "data" if parent.get("role") in {"data", "eval"} else "model"
-    model: Role = asked if asked in {"teacher", "judge"} else "base"
-    role: Role = "data" if kind == "data" else "teacher" if parent.get("role") == "teacher" else model
+    role: Role = "data" if kind == "data" else "teacher" if parent.get("role") == "teacher" else "base"
     ref, licence = parent["ref"], parent.get("license")
     claims = (Claim(licence_named(str(licence)), str(licence), MANIFEST),) if licence else ()
     if ref.startswith("embedded:"):

@@ -26,7 +26,8 @@ def student(folder: Path, *made_of: tuple[str, str], files: tuple[str, ...] = ()
     """A finished artefact of Retort with its lineage."""
     model(folder, "license: mit")
     lineage = [to_record(asset_named(name, role)) for name, role in made_of]  # type: ignore[arg-type]
-    manifest = {"kind": "run", "retort_version": "0", "files": sha256_files(folder, files), "lineage": lineage}
+    names = files or tuple(path.name for path in folder.iterdir() if path.is_file())
+    manifest = {"kind": "run", "retort_version": "0", "files": sha256_files(folder, names), "lineage": lineage}
     (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
     return folder
 
@@ -348,7 +349,8 @@ def test_a_prefix_vouches_for_its_own_models_and_a_bare_name_for_no_more_than_th
 def test_the_old_shape_of_parents_is_cast_as_well(tmp_path: Path) -> None:
     folder = model(tmp_path / "m", "license: mit")
     parents: list[dict[str, Any]] = [{"role": "base", "ref": LLAMA_2, "license": "llama2"}]
-    manifest = {"kind": "run", "retort_version": "0", "files": {}, "parents": parents}
+    files = sha256_files(folder, [path.name for path in folder.iterdir()])
+    manifest = {"kind": "run", "retort_version": "0", "files": files, "parents": parents}
     (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
     assert asked(folder, "base").verdict == "allow-with-obligations"
     assert asked(folder, "teacher").verdict == "block"

@@ -52,7 +52,7 @@ def test_handing_on_by_agreement(name: str, purpose: str, distribute: bool, verd
 
 
 @pytest.mark.parametrize(
-    "name", ["openai:gpt-4o", "openai/gpt-4o", "mistralai/mistral-large-2411", "deepseek:deepseek-chat", "mistral:x"]
+    "name", ["openai:gpt-4o", "openai/gpt-4o", "mistralai/mistral-large-2411", "deepseek:deepseek-chat"]
 )
 @pytest.mark.parametrize("purpose", ["commercial", "research"])
 def test_a_service_is_no_base(name: str, purpose: str) -> None:
