@@ -12,6 +12,7 @@ from typing import Any
 from data_prep import documents
 from recipes.errors import DataError, RecipeError
 from recipes.lineage import sha256_file, sha256_json, sha256_path
+from recipes.refs import Ref
 from recipes.schema_data import Passages, Source
 from recipes.tables import KINDS, Part, Record, kind_of, parts_of, records
 
@@ -196,21 +197,26 @@ def _passages(source: Source, path: Path) -> Iterator[Record]:
         yield f"{path}, {passage.position}", record
 
 
-@lru_cache(maxsize=4)
 def _dataset(source: Source) -> Any:
     """A hub dataset, or one saved with save_to_disk, memory-mapped."""
+    return _loaded(source.ref, source.subset, source.split)
+
+
+@lru_cache(maxsize=4)
+def _loaded(ref: Ref, subset: str | None, split: str | None) -> Any:
+    """Cached by what decides the rows alone: a source may hold more, and what has columns cannot be hashed."""
     import datasets
 
+    name = ":".join(part for part in (str(ref), subset, split) if part)
     try:
-        if source.path is None:
-            ref, split = source.ref, source.split or "train"
-            return datasets.load_dataset(ref.name, source.subset, revision=ref.revision, split=split)
-        rows = datasets.load_from_disk(str(source.ref.path))
+        if ref.path is None:
+            return datasets.load_dataset(ref.name, subset, revision=ref.revision, split=split or "train")
+        rows = datasets.load_from_disk(str(ref.path))
     except Exception as error:  # the library raises many kinds; each means the rows are not to be had
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot be loaded: {reason}", str(source), "check name, revision, split and network") from None
+        raise DataError(f"cannot be loaded: {reason}", name, "check name, revision, split and network") from None
     if isinstance(rows, datasets.DatasetDict):
-        if source.split not in rows:
-            raise DataError(f"has no split '{source.split}'", str(source), f"it has {', '.join(rows)}")
-        rows = rows[source.split]
+        if split not in rows:
+            raise DataError(f"has no split '{split}'", name, f"it has {', '.join(rows)}")
+        rows = rows[split]
     return rows
