@@ -22,7 +22,7 @@ from data_prep.read_pass import Block, open_drops, row_schema, write_drop
 from data_prep.requests import requests_of
 from data_prep.rows import STORED, Row, decode, encode
 from data_prep.steps import Drop
-from data_prep.tokens import load_tokenizer
+from data_prep.tokens import shared_tokenizer
 from recipes.errors import DataError
 from recipes.schema import Recipe
 
@@ -96,7 +96,7 @@ class _Pass:
 
     def __init__(self, job: MaskJob, folder: Path) -> None:
         self.job, self.folder, self.recipe = job, folder, job.recipe
-        self.tokenizer = load_tokenizer(job.recipe.model)
+        self.tokenizer = shared_tokenizer(job.recipe.model)
         self.dropped: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
         self.lines: Counter[str] = Counter()

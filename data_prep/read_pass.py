@@ -82,9 +82,9 @@ class ReadJob:
         asked.append(self.role == "train" and isinstance(data.eval, Holdout))
         asked.append([[c.position, c.kind, c.options.model_dump()] for c in comparisons(self.recipe, self.role)])
         if any(step.name == "length" for step in self.steps):
-            from data_prep.tokens import load_tokenizer
+            from data_prep.tokens import shared_tokenizer
 
-            asked.append(load_tokenizer(self.recipe.model).fingerprint)
+            asked.append(shared_tokenizer(self.recipe.model).fingerprint)
         return entry_key(self.piece.key, asked)
 
 

@@ -81,6 +81,14 @@ def source_files(source: Source) -> list[Path]:
     return files
 
 
+def size_of(source: Source) -> int:
+    """Bytes of a local source's files, as the file system knows them; 0 of a hub dataset, and of what is not there."""
+    path = source.ref.path
+    if path is None:
+        return 0
+    return sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
+
+
 def is_saved_dataset(path: Path) -> bool:
     """Whether a folder was written by `datasets`' save_to_disk."""
     return path.is_dir() and any((path / name).is_file() for name in SAVED)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +22,10 @@ from conftest import colour_rows, run_cli, write_rows
 from data_prep import cache as work_cache
 from data_prep.assemble import read_rows, shards
 from data_prep.prepare import begin, prepare
+from data_prep.tokens import load_tokenizer, shared_tokenizer
 from recipes.errors import DataError, RetortError
 from recipes.load import load_recipe
+from recipes.schema import Model
 
 WORDS = [
     f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "pu", "ra", "so", "ti") for b in ("bel", "dor", "fin", "gam", "hul")
@@ -244,6 +248,33 @@ def test_any_number_of_workers_gives_the_same_bytes(
         monkeypatch.setenv("RETORT_CACHE", str(tmp_path / f"cache{count}"))
         found.append(content(run(make_recipe, tmp_path / f"run{count}", **data)))
     assert found[0] == found[1]
+
+
+def loads_a_tokenizer(_: int) -> tuple[int, int, bool]:
+    """Modules that a process imports for its first tokenizer, and how it looks for cycles."""
+    before = set(sys.modules)
+    load_tokenizer(Model(base="embedded:tiny"))
+    return len(set(sys.modules) - before), gc.get_threshold()[0], gc.get_freeze_count() > 100_000
+
+
+def test_processes_begin_with_all_that_they_need() -> None:
+    found = list(work_cache.run_jobs(loads_a_tokenizer, [1, 2], 2, "loading"))
+    assert found == [(0, work_cache.GC_THRESHOLD, True)] * 2
+    before = gc.get_threshold()
+    ((_, threshold, _),) = work_cache.run_jobs(loads_a_tokenizer, [1], 1, "loading")
+    assert threshold == work_cache.GC_THRESHOLD
+    assert gc.get_threshold() == before
+
+
+def test_a_process_loads_a_tokenizer_once_while_its_files_stay(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    first = shared_tokenizer(Model(base=str(folder)))
+    assert shared_tokenizer(Model(base=str(folder))) is first
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    second = shared_tokenizer(Model(base=str(folder)))
+    assert second.backend.chat_template == first.backend.chat_template + " "
+    assert second.fingerprint != first.fingerprint
 
 
 def test_an_error_in_a_worker_is_the_first_in_order(
