@@ -23,6 +23,7 @@ from recipes.errors import DataError
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
 PART_BYTES = 2 << 20  # JSON Lines: a part ends with the first line that passes this size
+BATCH_BYTES = 1 << 20  # Parquet: records are read in batches of about this size, where they are large
 PART_ROWS = 50_000  # Parquet: a part ends with the first row group that passes this number of rows
 
 
@@ -228,7 +229,9 @@ def _read_parquet(part: Part) -> Iterator[Record]:
     try:
         file = pq.ParquetFile(part.path)
         groups = range(part.start, file.num_row_groups if part.end is None else part.end)
-        for batch in file.iter_batches(1024, row_groups=groups):
+        sizes = [file.metadata.row_group(group) for group in groups]
+        largest = max((size.total_byte_size // max(1, size.num_rows) for size in sizes), default=0)
+        for batch in file.iter_batches(max(1, min(1024, BATCH_BYTES // max(1, largest))), row_groups=groups):
             for record in batch.to_pylist():
                 yield f"{part.path}[{number}]", record
                 number += 1
