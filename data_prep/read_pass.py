@@ -54,6 +54,14 @@ class Comparison:
     def name(self) -> str:
         return f"{self.position}-{self.kind}"
 
+    @property
+    def decides(self) -> dict[str, Any]:
+        """The options that decide what is noted of a row; a threshold says which rows are equal, later."""
+        noted: dict[str, Any] = self.options.model_dump(exclude={"threshold"})
+        if self.kind == "near_dedup":
+            noted["band_rows"] = near_dup.band_rows(self.options.threshold)
+        return noted
+
     def text(self, row: Row) -> str:
         if self.options.on == "completion" and row.text is None:
             return row.reference
@@ -77,9 +85,9 @@ class ReadJob:
     def key(self) -> str:
         data = self.recipe.data
         asked: list[Any] = [self.role, data.on_bad_row, self.recipe.method.kinds, bool(data.requests)]
-        asked.append([step.model_dump() for step in self.steps])
+        asked.append([(n, step.model_dump()) for n, step in enumerate(self.steps) if step.name in ROW_STEPS])
         asked.append(self.role == "train" and isinstance(data.eval, Holdout))
-        asked.append([[c.position, c.kind, c.options.model_dump()] for c in comparisons(self.recipe, self.role)])
+        asked.append([[c.position, c.kind, c.decides] for c in comparisons(self.recipe, self.role)])
         if any(step.name == "length" for step in self.steps):
             from data_prep.tokens import shared_tokenizer
 
