@@ -63,7 +63,8 @@ class Part:
 
     Attributes:
         statistics: rows (kept, by part), lines (made of them, by part),
-            dropped (by reason), truncated_rows, lost_tokens, trained_tokens.
+            dropped (by reason), overlaps (dropped rows, by the item that they overlap with), truncated_rows,
+            lost_tokens, trained_tokens.
     """
 
     folder: Path
@@ -102,6 +103,7 @@ class _Pass:
         self.lines: Counter[str] = Counter()
         self.truncated = self.lost = self.requests = 0
         self.trained: Counter[str] = Counter()
+        self.overlaps: Counter[str] = Counter()
 
     def run(self) -> dict[str, Any]:
         import pyarrow as pa
@@ -133,6 +135,7 @@ class _Pass:
             "lines": {name: self.lines[name] for name in PARTS.values()},
             "requests": self.requests,
             "dropped": dict(sorted(self.dropped.items())),
+            "overlaps": dict(sorted(self.overlaps.items())),
             "truncated_rows": self.truncated,
             "lost_tokens": self.lost,
             "trained_tokens": {name: self.trained[name] for name in PARTS.values()},
@@ -167,6 +170,7 @@ class _Pass:
             if overlap is None:
                 clean.append((code, row))
             else:
+                self.overlaps[overlap.source] += 1
                 detail = f"{overlap.kind} of {overlap.source}, {overlap.share:.0%}: {overlap.shared}"
                 self._drop(drops, row, Drop("contaminated", detail))
         return clean

@@ -298,7 +298,8 @@ def _inputs(recipe: Recipe, scans: Sequence[tuple[Role, int, Scan]]) -> list[dic
         source = _sources(recipe, role)[number]
         licence = "CC0-1.0" if source.embedded is not None else source.license
         kind = {"train": "data"}.get(role, role)
-        entries.append({"role": kind, "ref": str(source), "sha256": found.sha256, "license": licence})
+        made_of = {"role": kind, "ref": str(source), "sha256": found.sha256, "license": licence}
+        entries.append({**made_of, "unread": list(found.unread)} if found.unread else made_of)
     return entries
 
 

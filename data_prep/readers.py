@@ -41,10 +41,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Scan:
-    """A source looked over: its pieces in order, and the hash of its files (None for a hub dataset)."""
+    """A source looked over.
+
+    Attributes:
+        pieces: in order.
+        sha256: hash of its files, None for a hub dataset.
+        unread: files of its folder that are not read, since their kind is unknown or rows go before documents.
+    """
 
     pieces: tuple[Piece, ...]
     sha256: str | None
+    unread: tuple[str, ...] = ()
 
 
 def source_files(source: Source) -> list[Path]:
@@ -71,7 +78,7 @@ def source_files(source: Source) -> list[Path]:
         if source.passages is not None and path.suffix.lower() not in wanted:
             raise DataError("is no document, so it has no passages", str(path), "leave passages out")
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json")
+    found = _found(path)
     rows = [p for p in found if kind_of(p) in wanted]
     # Beside rows a README is no row; documents count where there is nothing else, or where passages are asked for.
     files = rows or [p for p in found if p.suffix.lower() in documents.SUFFIXES]
@@ -79,6 +86,17 @@ def source_files(source: Source) -> list[Path]:
         known = ", ".join((*KINDS, *documents.SUFFIXES))
         raise DataError(f"the folder holds no {known} file", str(path))
     return files
+
+
+def _found(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+
+
+def _unread(source: Source, files: Sequence[Path]) -> tuple[str, ...]:
+    path, read = source.ref.path, set(files)
+    if source.embedded is not None or path is None or not path.is_dir():
+        return ()
+    return tuple(str(p.relative_to(path)) for p in _found(path) if p not in read and not p.name.startswith("."))
 
 
 def size_of(source: Source) -> int:
@@ -118,7 +136,8 @@ def scan(source: Source) -> Scan:
     pieces: list[Piece] = []
     digests = []
     parts: list[Part] = []
-    for file in source_files(source):
+    files = source_files(source)
+    for file in files:
         try:
             if kind_of(file) in KINDS:
                 digest, found = parts_of(file)
@@ -132,7 +151,7 @@ def scan(source: Source) -> Scan:
     for group in [parts] if source.limit is not None else _grouped(parts):
         if group:
             pieces.append(_piece(source, group))
-    return Scan(tuple(pieces), sha256_json(digests))
+    return Scan(tuple(pieces), sha256_json(digests), _unread(source, files))
 
 
 def _grouped(parts: Sequence[Part]) -> Iterator[list[Part]]:

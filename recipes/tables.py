@@ -153,7 +153,7 @@ def _read_jsonl(part: Part) -> Iterator[Record]:
 
 def _parse_object(raw: bytes, place: str) -> dict[str, Any] | BadRecord:
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         return BadRecord(f"is not UTF-8 text (byte {error.start} of the line)", place, "is this a binary file?")
     except RecursionError:
@@ -167,13 +167,21 @@ def _parse_object(raw: bytes, place: str) -> dict[str, Any] | BadRecord:
     return value
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice in an object")
+    return found
+
+
 def _read_json(part: Part) -> Iterator[Record]:
     """One list of objects, such a list under one name, or JSON Lines under the wrong ending."""
     path = part.path
     with _open(path) as stream:
         raw = stream.read()
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise DataError(f"is not UTF-8 text (byte {error.start})", str(path), "is this a binary file?") from None
     except RecursionError:
@@ -207,8 +215,12 @@ def _read_csv(part: Part) -> Iterator[Record]:
     with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
         try:
+            header = list(reader.fieldnames or ())
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise DataError(f"names the column '{twice[0]}' twice", f"{path}:1", "rename one of them")
+            begin = reader.line_num + 1
             for record in reader:
-                place = f"{path}:{reader.line_num}"
+                place, begin = f"{path}:{begin}", reader.line_num + 1  # a row may have several lines
                 if None in record or None in record.values():
                     wanted = len(reader.fieldnames or ())
                     message = f"has not the {wanted} columns of the header"
