@@ -22,6 +22,7 @@ STATISTICS = "statistics.json"
 PERCENTILES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
 BARS = 40  # bars of a length histogram
 NAMES = ("train", "eval")
+SHOWN_OVERLAPS = 20
 
 
 def write(
@@ -51,6 +52,7 @@ def write(
         "sources": _by_source(own, parts),
         "clusters": decided.clusters,
         "groups": decided.groups,
+        "overlaps": _overlaps(parts),
     }
     (folder / STATISTICS).write_text(json.dumps(shown, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return counts
@@ -80,6 +82,13 @@ def dropped(blocks: Iterable[Block], parts: Iterable[Part]) -> Counter[str]:
     """Dropped rows by reason, over both passes."""
     own = [block.statistics["dropped"] for block in blocks if block.role != "benchmark"]
     return sum((Counter(found) for found in (*own, *(part.statistics["dropped"] for part in parts))), Counter())
+
+
+def _overlaps(parts: Sequence[Part]) -> dict[str, Any]:
+    """Held-out and benchmark items that training rows overlapped with: how many, and those with most such rows."""
+    found: Counter[str] = sum((Counter(part.statistics["overlaps"]) for part in parts), Counter())
+    most = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:SHOWN_OVERLAPS]
+    return {"items": len(found), "most": [{"item": item, "rows": rows} for item, rows in most]}
 
 
 def _by_source(blocks: Sequence[Block], parts: Sequence[Part]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ the cache lies with the runs, and what no run has used for a month is removed.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -19,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +34,7 @@ STATISTICS = "statistics.json"  # written last into an entry
 KEEP_DAYS = 30
 PRELOADED = "data_prep.workers"
 FEW_BYTES = 4 << 20  # less input than this is done in this process: starting others takes longer
+GC_THRESHOLD = 50_000  # objects made between two searches for cycles: rows make many objects and hardly a cycle
 # Libraries whose release may change the bytes of an entry.
 _DECIDING = ("pyarrow", "rensa", "xxhash", "ftfy", "py3langid", "phonenumbers", "tokenizers", "pypdf", "python-docx")
 
@@ -135,7 +138,12 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], count: int, what:
         RetortError: a process was killed; or what `work` raises, for the first job in order.
     """
     if count == 1 or len(jobs) < 2:
-        yield from progress(map(work, jobs), what, len(jobs))
+        before = gc.get_threshold()
+        gc.set_threshold(GC_THRESHOLD)
+        try:
+            yield from progress(map(work, jobs), what, len(jobs))
+        finally:
+            gc.set_threshold(*before)
         return
     pool = ProcessPoolExecutor(min(count, len(jobs)), _context(), _alone)
     try:
@@ -145,6 +153,16 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], count: int, what:
         raise RetortError("a process was killed", what, remedy) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def warm_up(size: int) -> None:
+    """Let the process that others are forked from load its libraries, while this one does other things.
+
+    Args:
+        size: bytes of input; for little input no process is started.
+    """
+    if workers(size) > 1 and _context().get_start_method() == "forkserver":
+        forkserver.ensure_running()
 
 
 @lru_cache(maxsize=1)

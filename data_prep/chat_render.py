@@ -117,6 +117,7 @@ class ChatTemplate:
         code = self._env.compile(tree)
         self._template = jinja2.Template.from_code(self._env, code, self._env.make_globals(None))
         self._variables = variables
+        self._globals = dict(self._untracked.globals)
         # One clock per template, so that two renderings of a row cannot differ by the second between them.
         self._now = datetime.now()
         self.has_tags = any(node.name == "_generation_support" for node in tree.find_all(nodes.ExtensionAttribute))
@@ -146,8 +147,11 @@ class ChatTemplate:
 
     def plain(self, messages: Sequence[Message], prompt: bool = False) -> str | None:
         """The text of a rendering without tools, and nothing about it; None where the template fails."""
+        # As `Template.render`, which looks the globals up one by one for every row.
+        template, values = self._untracked, self._globals | self._values(messages, None, prompt)
+        context = self._env.context_class(self._env, values, template.name, template.blocks, self._globals)
         try:
-            return str(self._untracked.render(self._values(messages, None, prompt)))
+            return "".join(template.root_render_func(context))
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
             return None
 

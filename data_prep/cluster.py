@@ -124,7 +124,11 @@ def _submit_to_slurm(recipe: Recipe, run_dir: Path, cluster: Cluster) -> list[st
 
 
 def _run_on_ray(recipe: Recipe, run_dir: Path, cluster: Cluster) -> None:
-    from datatrove.executor import RayPipelineExecutor
+    try:
+        import ray  # noqa: F401
+        from datatrove.executor import RayPipelineExecutor
+    except ImportError:
+        raise RetortError("ray is not installed", "--executor ray", "pip install 'retort[ray]'") from None
 
     for stage in STAGES:
         RayPipelineExecutor(

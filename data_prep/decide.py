@@ -30,7 +30,8 @@ _DUPLICATE = {
     "semantic_dedup": _CODE["semantic_duplicate"],
 }
 SHOWN_CLUSTERS = 20
-COMMON_ROWS, COMMON_SHARE = 20, 0.05  # a paragraph in more rows than these is an instruction
+SHARED = ("", "nearly the same", "the same group", "the same prompt", "the same")
+COMMON_ROWS, COMMON_SHARE = 20, 0.05  # a paragraph or prompt in more rows than these is an instruction
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class _Side:
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.code = np.zeros(len(self.keys), dtype=np.int16)
         self.like = np.full(len(self.keys), -1, dtype=np.int64)  # the row that is kept instead
+        self.shared = np.zeros(len(self.keys), dtype=np.int8)  # what a row has in common with held-out ones, of SHARED
         self.clusters: list[tuple[str, NDArray[np.int64]]] = []
 
     def alive(self, position: int) -> NDArray[np.bool_]:
@@ -122,6 +124,8 @@ class _Side:
             part = slice(start, start + size)
             like = self.like[part]
             details = {int(i): f"of {at[int(like[i])]}" for i in np.flatnonzero(like >= 0)}
+            shared = self.shared[part]
+            details |= {int(i): f"{SHARED[shared[i]]} as a held-out row" for i in np.flatnonzero(shared)}
             codes = self.code[part].copy()
             codes[(codes == TRAIN) & (self.keys["dropped_at"][part] != NEVER)] = BY_ROW_STEP
             made.append(Decision(codes, details))
@@ -156,9 +160,8 @@ def decide(recipe: Recipe, train: Sequence[Block], held_out: Sequence[Block], so
     groups: dict[str, float] = {}
     if isinstance(recipe.data.eval, Holdout):
         groups = _hold_out(recipe, learned)
-    else:
-        ids = held.keys["id"][held.alive(NEVER)] if len(held.keys) else np.zeros(0, np.uint64)
-        learned.code[learned.alive(NEVER) & np.isin(learned.keys["id"], ids)] = _CODE["in_eval"]
+    elif len(held.keys):
+        _keep_apart(recipe, learned, held)
     _mixture(recipe, learned, sources)
     decisions = [*learned.decisions(), *held.decisions()]
     clusters = [*learned.shown_clusters(), *held.shown_clusters()]
@@ -239,6 +242,30 @@ def _hold_out(recipe: Recipe, side: _Side) -> dict[str, float]:
         raise DataError(f"too few rows or groups to hold any out ({largest})", "data.eval", remedy)
     side.code[rows[chosen[group]]] = EVAL
     return {"rows": len(rows), "groups": len(heads), "largest_share": round(float(sizes.max()) / len(rows), 4)}
+
+
+def _keep_apart(recipe: Recipe, learned: _Side, held: _Side) -> None:
+    """Drop training rows that have their content, prompt or group in common with a row of a held-out source, or that
+    near_dedup calls equal to one. A prompt that stands in many training rows is an instruction, and tells nothing."""
+    alive, kept = learned.alive(NEVER), held.alive(NEVER)
+    found = np.zeros(len(alive), dtype=np.int8)
+    for step in comparisons(recipe, "train"):
+        if step.kind == "near_dedup" and alive.any() and kept.any():
+            forest = Forest(len(alive) + len(kept))
+            sketches = [block.sketch(step) for block in (*learned.blocks, *held.blocks) if block.rows]
+            join_similar(forest, sketches, np.concatenate([alive, kept]), step.options.threshold)
+            heads = forest.heads()
+            found[np.isin(heads[: len(alive)], heads[len(alive) :][kept])] = SHARED.index("nearly the same")
+    for name, said in (("group", "the same group"), ("prompt", "the same prompt"), ("id", "the same")):
+        theirs = np.unique(held.keys[name][kept])
+        if name == "group":
+            theirs = theirs[theirs != 0]
+        if name == "prompt":
+            values, counts = np.unique(learned.keys[name][alive], return_counts=True)
+            theirs = np.setdiff1d(theirs, values[counts > max(COMMON_ROWS, COMMON_SHARE * alive.sum())])
+        found[np.isin(learned.keys[name], theirs)] = SHARED.index(said)  # the surest is said last
+    learned.shared[alive] = found[alive]
+    learned.code[learned.shared > 0] = _CODE["in_eval"]
 
 
 def _mixture(recipe: Recipe, side: _Side, sources: Sequence[int]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from data_prep.pairs import preference
 from data_prep.rows import Message, Row
-from recipes.lineage import canonical_json
 from recipes.schema_data import Source
 from recipes.tables import BadRecord
 
@@ -46,7 +45,7 @@ def to_row(record: dict[str, Any], place: str, source: Source) -> Row:
         row = replace(row, grouped=str(group))
     try:
         _ = row.id
-        canonical_json(row.extra).encode()
+        row._kept.encode()
     except UnicodeEncodeError:
         raise BadRecord("holds half of a surrogate pair, which is no character", place, "repair its encoding") from None
     return row

@@ -22,7 +22,7 @@ from data_prep.read_pass import Block, open_drops, row_schema, write_drop
 from data_prep.requests import requests_of
 from data_prep.rows import STORED, Row, decode, encode
 from data_prep.steps import Drop
-from data_prep.tokens import load_tokenizer
+from data_prep.tokens import shared_tokenizer
 from recipes.errors import DataError
 from recipes.schema import Recipe
 
@@ -63,7 +63,8 @@ class Part:
 
     Attributes:
         statistics: rows (kept, by part), lines (made of them, by part),
-            dropped (by reason), truncated_rows, lost_tokens, trained_tokens.
+            dropped (by reason), overlaps (dropped rows, by the item that they overlap with), truncated_rows,
+            lost_tokens, trained_tokens.
     """
 
     folder: Path
@@ -96,12 +97,13 @@ class _Pass:
 
     def __init__(self, job: MaskJob, folder: Path) -> None:
         self.job, self.folder, self.recipe = job, folder, job.recipe
-        self.tokenizer = load_tokenizer(job.recipe.model)
+        self.tokenizer = shared_tokenizer(job.recipe.model)
         self.dropped: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
         self.lines: Counter[str] = Counter()
         self.truncated = self.lost = self.requests = 0
         self.trained: Counter[str] = Counter()
+        self.overlaps: Counter[str] = Counter()
 
     def run(self) -> dict[str, Any]:
         import pyarrow as pa
@@ -133,6 +135,7 @@ class _Pass:
             "lines": {name: self.lines[name] for name in PARTS.values()},
             "requests": self.requests,
             "dropped": dict(sorted(self.dropped.items())),
+            "overlaps": dict(sorted(self.overlaps.items())),
             "truncated_rows": self.truncated,
             "lost_tokens": self.lost,
             "trained_tokens": {name: self.trained[name] for name in PARTS.values()},
@@ -167,6 +170,7 @@ class _Pass:
             if overlap is None:
                 clean.append((code, row))
             else:
+                self.overlaps[overlap.source] += 1
                 detail = f"{overlap.kind} of {overlap.source}, {overlap.share:.0%}: {overlap.shared}"
                 self._drop(drops, row, Drop("contaminated", detail))
         return clean

@@ -94,8 +94,10 @@ def _encodings(texts: list[str], tokenizer: Any) -> Sequence[Any]:
     """The tokenizer library's own encodings of all texts at once; Nones of a slow tokenizer."""
     if not texts or not tokenizer.is_fast:
         return [None] * len(texts)
-    options = {"return_attention_mask": False, "return_token_type_ids": False}
-    return list(tokenizer(texts, add_special_tokens=False, **options).encodings)
+    # The call readies the library's tokenizer (neither padding nor truncation), which then spares a copy of each row.
+    first = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+    encodings: Sequence[Any] = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return encodings if encodings[0].ids == list(first) else [None] * len(texts)
 
 
 def _quick_borders(text: str, turns: Sequence[Turn], encoding: Any) -> list[tuple[int, int]] | None:

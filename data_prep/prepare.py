@@ -10,22 +10,23 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from data_prep import assemble
-from data_prep.cache import cache_folder, entry, entry_key, make_entry, run_jobs, sweep, workers
+from data_prep.cache import cache_folder, entry, entry_key, make_entry, run_jobs, sweep, warm_up, workers
 from data_prep.decide import EVAL, TRAIN, Decided, decide
 from data_prep.mask_pass import MaskJob, Part, mask_block, texts_of
 from data_prep.read_pass import Block, ReadJob, Role, read_block
-from data_prep.readers import Scan, scan
+from data_prep.readers import Scan, scan, size_of
 from data_prep.rows import Row, decode
 from data_prep.tokens import Tokenizer, load_tokenizer
 from recipes.errors import DataError, GateError
-from recipes.evidence import to_record
-from recipes.gate import examine
+from recipes.evidence import Asset, to_record
+from recipes.gate import Verdict, examine
 from recipes.lineage import (
     MANIFEST,
     cannot_write,
@@ -165,6 +166,17 @@ def data_dir(run_dir: Path) -> Path:
     return run_dir / "data"
 
 
+def expect(recipe: Recipe, folder: Path) -> None:
+    """Let the processes of a preparation into `folder` load their libraries, while the caller does other things.
+
+    Raises:
+        RetortError: RETORT_WORKERS is no number.
+    """
+    if read_manifest(folder) is None:
+        roles: tuple[Role, ...] = ("train", "eval", "benchmark")
+        warm_up(sum(size_of(source) for role in roles for source in _sources(recipe, role)))
+
+
 def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | None = None) -> Prepared:
     """Prepare the rows of a recipe in `run_dir/data`, or reuse them when nothing that decides them has changed.
 
@@ -179,6 +191,7 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | No
         GateError: an attestation was given for files that have changed since.
     """
     folder = folder or data_dir(run_dir)
+    expect(recipe, folder)
     work = begin(recipe, run_dir)
     inputs = _inputs(recipe, work.scans)
     manifest = read_manifest(folder)
@@ -206,10 +219,12 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | No
     if manifest is not None:
         work.read()
     decided = work.decide()
-    parts = work.mask(decided, tokenizer)
+    with ThreadPoolExecutor(1) as beside:
+        judged = beside.submit(examine, recipe)  # reads all rows once more, while the processes tokenise
+        parts = work.mask(decided, tokenizer)
     _require_rows(recipe, folder, work, parts)
     try:
-        content = _write(recipe, folder, work, decided, parts, inputs, key, tokenizer)
+        content = _write(recipe, folder, work, decided, parts, inputs, key, tokenizer, judged.result())
     except OSError as error:
         raise cannot_write(folder, error) from None
     sweep(work.cache)
@@ -298,8 +313,9 @@ def _inputs(recipe: Recipe, scans: Sequence[tuple[Role, int, Scan]]) -> list[dic
         source = _sources(recipe, role)[number]
         licence = "CC0-1.0" if source.embedded is not None else source.license
         kind = {"train": "data"}.get(role, role)
-        at = {"revision": found.commit} if found.commit else {}
-        entries.append({"role": kind, "ref": str(source), "sha256": found.sha256, "license": licence, **at})
+        more: dict[str, Any] = {"revision": found.commit} if found.commit else {}
+        more |= {"unread": list(found.unread)} if found.unread else {}
+        entries.append({"role": kind, "ref": str(source), "sha256": found.sha256, "license": licence, **more})
     return entries
 
 
@@ -337,12 +353,13 @@ def _write(
     inputs: list[dict[str, Any]],
     key: str,
     tokenizer: Tokenizer,
+    judged: tuple[Verdict, Sequence[Asset]],
 ) -> dict[str, Any]:
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     counts = assemble.write(fresh, work.blocks, parts, decided, recipe.train.seq_len)
-    verdict, assets = examine(recipe)
+    verdict, assets = judged
     generators = sum((Counter(b.statistics["generators"]) for b in work.blocks if b.role != "benchmark"), Counter())
     content = {
         "kind": "data",

@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -27,7 +26,7 @@ from recipes.schema_data import Holdout, NearDedup, Step
 from recipes.signatures import MODEL_COLUMNS, WRITTEN_BY
 from recipes.tables import BadRecord
 
-BATCH = 2048  # rows held in memory
+BATCH, CHARACTERS = 2048, 1 << 20  # rows held in memory; fewer where they are long: up to the first that passes these
 NEVER = 32767  # `dropped_at` of a row that no row step drops
 COMPARING = ("exact_dedup", "near_dedup", "semantic_dedup")
 GENERATOR_COLUMNS = (*WRITTEN_BY, *MODEL_COLUMNS)
@@ -55,6 +54,14 @@ class Comparison:
     def name(self) -> str:
         return f"{self.position}-{self.kind}"
 
+    @property
+    def decides(self) -> dict[str, Any]:
+        """The options that decide what is noted of a row; a threshold says which rows are equal, later."""
+        noted: dict[str, Any] = self.options.model_dump(exclude={"threshold"})
+        if self.kind == "near_dedup":
+            noted["band_rows"] = near_dup.band_rows(self.options.threshold)
+        return noted
+
     def text(self, row: Row) -> str:
         if self.options.on == "completion" and row.text is None:
             return row.reference
@@ -78,13 +85,13 @@ class ReadJob:
     def key(self) -> str:
         data = self.recipe.data
         asked: list[Any] = [self.role, data.on_bad_row, self.recipe.method.kinds, bool(data.requests)]
-        asked.append([step.model_dump() for step in self.steps])
+        asked.append([(n, step.model_dump()) for n, step in enumerate(self.steps) if step.name in ROW_STEPS])
         asked.append(self.role == "train" and isinstance(data.eval, Holdout))
-        asked.append([[c.position, c.kind, c.options.model_dump()] for c in comparisons(self.recipe, self.role)])
+        asked.append([[c.position, c.kind, c.decides] for c in comparisons(self.recipe, self.role)])
         if any(step.name == "length" for step in self.steps):
-            from data_prep.tokens import load_tokenizer
+            from data_prep.tokens import shared_tokenizer
 
-            asked.append(load_tokenizer(self.recipe.model).fingerprint)
+            asked.append(shared_tokenizer(self.recipe.model).fingerprint)
         return entry_key(self.piece.key, asked)
 
 
@@ -105,11 +112,12 @@ class Block:
         return int(self.statistics["rows"])
 
     def batches(self) -> Iterator[list[dict[str, Any]]]:
-        """The stored rows as columns, in order, BATCH at a time."""
+        """The stored rows as columns, in order, in the batches in which they were stored."""
         import pyarrow.parquet as pq
 
-        for batch in pq.ParquetFile(self.folder / "rows.parquet").iter_batches(BATCH):
-            yield batch.to_pylist()
+        file = pq.ParquetFile(self.folder / "rows.parquet")
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group).to_pylist()
 
     def keys(self) -> NDArray[Any]:
         """One KEYS entry per stored row."""
@@ -172,6 +180,20 @@ class _Passed:
     drop: Drop | None = None
 
 
+def _batches(rows: Iterator[_Passed]) -> Iterator[list[_Passed]]:
+    """Consecutive rows that are held in memory together. What is in a batch depends on the rows alone."""
+    batch: list[_Passed] = []
+    room = CHARACTERS
+    for passed in rows:
+        batch.append(passed)
+        room -= passed.row.characters
+        if len(batch) == BATCH or room <= 0:
+            yield batch
+            batch, room = [], CHARACTERS
+    if batch:
+        yield batch
+
+
 class _Pass:
     """One run over one piece."""
 
@@ -196,8 +218,7 @@ class _Pass:
         ):
             files.append("keys.bin", np.zeros(0, KEYS))
             files.append("paragraphs.bin", np.zeros(0, PARAGRAPHS))
-            rows = self._rows(drops)
-            while batch := list(islice(rows, BATCH)):
+            for batch in _batches(self._rows(drops)):
                 self._store(batch, writer, files)
         return {
             "source": str(self.job.piece.source),

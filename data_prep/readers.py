@@ -13,8 +13,9 @@ from data_prep import documents
 from recipes.errors import DataError, RecipeError
 from recipes.evidence import COMMIT
 from recipes.lineage import sha256_file, sha256_json, sha256_path
+from recipes.refs import Ref
 from recipes.schema_data import Passages, Source
-from recipes.tables import KINDS, Part, Record, data_files, is_saved_dataset, kind_of, parts_of, records
+from recipes.tables import KINDS, Part, Record, data_files, is_note, is_saved_dataset, kind_of, parts_of, records
 
 DATASET_ROWS = 20_000  # rows of a hub or saved dataset in one piece
 SMALL = 1 << 20  # bytes of small files that share a piece
@@ -40,12 +41,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Scan:
-    """A source looked over: its pieces in order, the hash of its files (None for a hub dataset), and the commit that
-    a hub dataset was read at."""
+    """A source looked over.
+
+    Attributes:
+        pieces: in order.
+        sha256: hash of its files, None for a hub dataset.
+        commit: that a hub dataset was read at.
+        unread: files of its folder that are not read, since their kind is unknown or rows go before documents.
+    """
 
     pieces: tuple[Piece, ...]
     sha256: str | None
     commit: str | None = None
+    unread: tuple[str, ...] = ()
 
 
 def source_files(source: Source) -> list[Path]:
@@ -79,6 +87,22 @@ def source_files(source: Source) -> list[Path]:
     return files
 
 
+def _unread(source: Source, files: Sequence[Path]) -> tuple[str, ...]:
+    path, read = source.ref.path, set(files)
+    if source.embedded is not None or path is None or not path.is_dir():
+        return ()
+    found = sorted(p for p in path.rglob("*") if p.is_file() and p not in read and not is_note(p))
+    return tuple(str(p.relative_to(path)) for p in found if not p.name.startswith("."))
+
+
+def size_of(source: Source) -> int:
+    """Bytes of a local source's files, as the file system knows them; 0 of a hub dataset, and of what is not there."""
+    path = source.ref.path
+    if path is None:
+        return 0
+    return sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
+
+
 def _embedded_file(source: Source, folder: Path) -> Path:
     path = folder / f"{source.split or 'train'}.jsonl"
     if not path.is_file():
@@ -103,7 +127,8 @@ def scan(source: Source) -> Scan:
     pieces: list[Piece] = []
     digests = []
     parts: list[Part] = []
-    for file in source_files(source):
+    files = source_files(source)
+    for file in files:
         try:
             if kind_of(file) in KINDS:
                 digest, found = parts_of(file)
@@ -117,7 +142,7 @@ def scan(source: Source) -> Scan:
     for group in [parts] if source.limit is not None else _grouped(parts):
         if group:
             pieces.append(_piece(source, group))
-    return Scan(tuple(pieces), sha256_json(digests))
+    return Scan(tuple(pieces), sha256_json(digests), unread=_unread(source, files))
 
 
 def _grouped(parts: Sequence[Part]) -> Iterator[list[Part]]:
@@ -197,24 +222,29 @@ def _passages(source: Source, path: Path) -> Iterator[Record]:
         yield f"{path}, {passage.position}", record
 
 
-@lru_cache(maxsize=4)
 def _dataset(source: Source) -> Any:
     """A hub dataset, or one saved with save_to_disk, memory-mapped."""
+    return _loaded(source.ref, source.subset, source.split)
+
+
+@lru_cache(maxsize=4)
+def _loaded(ref: Ref, subset: str | None, split: str | None) -> Any:
+    """Cached by what decides the rows alone: a source may hold more, and what has columns cannot be hashed."""
     import datasets
 
+    name = ":".join(part for part in (str(ref), subset, split) if part)
     try:
-        if source.path is None:
-            ref, split = source.ref, source.split or "train"
-            return datasets.load_dataset(ref.name, source.subset, revision=ref.revision, split=split)
-        rows = datasets.load_from_disk(str(source.ref.path))
+        if ref.path is None:
+            return datasets.load_dataset(ref.name, subset, revision=ref.revision, split=split or "train")
+        rows = datasets.load_from_disk(str(ref.path))
     except Exception as error:  # the library raises many kinds; each means the rows are not to be had
         if "gated" in str(error):
             remedy = "accept its terms on its page of the hub, then log in: hf auth login"
-            raise DataError("is gated: its owner gives it to those who ask", str(source), remedy) from None
+            raise DataError("is gated: its owner gives it to those who ask", name, remedy) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot be loaded: {reason}", str(source), "check name, revision, split and network") from None
+        raise DataError(f"cannot be loaded: {reason}", name, "check name, revision, split and network") from None
     if isinstance(rows, datasets.DatasetDict):
-        if source.split not in rows:
-            raise DataError(f"has no split '{source.split}'", str(source), f"it has {', '.join(rows)}")
-        rows = rows[source.split]
+        if split not in rows:
+            raise DataError(f"has no split '{split}'", name, f"it has {', '.join(rows)}")
+        rows = rows[split]
     return rows

@@ -54,6 +54,16 @@ class Row:
     def _written(self) -> str:
         return canonical_json(self.messages)
 
+    @cached_property
+    def _kept(self) -> str:
+        return canonical_json(self.extra)
+
+    @property
+    def characters(self) -> int:
+        """What the row holds, other columns included, counted as it is stored."""
+        answers = sum(len(str(message)) for message in (*self.chosen, *self.rejected))
+        return len(self._written) + len(self.text or "") + len(self._kept) + answers
+
     @property
     def kind(self) -> Kind:
         if self.text is not None:
@@ -146,7 +156,7 @@ def encode(row: Row) -> dict[str, Any]:
         "chosen": canonical_json(row.chosen) if row.chosen else None,
         "rejected": canonical_json(row.rejected) if row.rejected else None,
         "label": row.label,
-        "extra": canonical_json(row.extra) if row.extra else None,
+        "extra": row._kept if row.extra else None,
     }
 
 
@@ -171,4 +181,6 @@ def decode(stored: Mapping[str, Any]) -> Row:
     row.__dict__["id"] = stored["_id"]
     if stored["messages"]:
         row.__dict__["_written"] = stored["messages"]
+    if stored["extra"]:
+        row.__dict__["_kept"] = stored["extra"]
     return row

@@ -60,9 +60,9 @@ def _language(options: Language, _: Model) -> RowStep:
 
 
 def _length(options: Length, model: Model) -> RowStep:
-    from data_prep.tokens import load_tokenizer
+    from data_prep.tokens import shared_tokenizer
 
-    tokenizer = load_tokenizer(model).backend
+    tokenizer = shared_tokenizer(model).backend
     low, high = options.min_tokens or 0, options.max_tokens or float("inf")
 
     def run(row: Row) -> Row | Drop:

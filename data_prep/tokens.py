@@ -93,6 +93,23 @@ def load_tokenizer(model: Model) -> Tokenizer:
     return Tokenizer(backend, tuple(notes), _fingerprint(backend))
 
 
+def shared_tokenizer(model: Model) -> Tokenizer:
+    """As `load_tokenizer`, once in a process while the files stay as they are. To be read, not to be changed."""
+    ref = parse_ref(model.tokenizer) if model.tokenizer else model.ref
+    folder = _tokenizer_folder(ref, "model.tokenizer" if model.tokenizer else "model.base")
+    files = [path for pattern in _TOKENIZER_FILES for path in sorted(folder.glob(pattern))]
+    files += [Path(model.chat_template).expanduser()] if model.chat_template is not None else []
+    states = [(path.stat().st_mtime_ns, path.stat().st_size) for path in files if path.is_file()]
+    key = sha256_json([model.model_dump(mode="json"), str(folder), states])
+    if key not in _SHARED:
+        _SHARED.clear()
+        _SHARED[key] = load_tokenizer(model)
+    return _SHARED[key]
+
+
+_SHARED: dict[str, Tokenizer] = {}
+
+
 def _tokenizer_folder(ref: Ref, key: str) -> Path:
     path = ref.path
     if path is not None and path.is_dir() and key == "model.tokenizer":

@@ -35,6 +35,7 @@ from finetune.run_files import DASH, count, dig, moment, number, percent, rows_o
 from recipes.errors import DataError
 from recipes.lineage import read_manifest, verify, write_atomic
 from recipes.schema import Model
+from recipes.student import PROMPTS
 
 MASKS = 6  # rows
 READ_MASK, TRAINED_MASK = 500, 1500  # characters of a stretch that is read, or trained, in a shown mask
@@ -127,6 +128,8 @@ def read_data(run_dir: Path) -> Data:
         DataError: there is none, or a file of it was edited.
     """
     folder = data_dir(run_dir)
+    if not folder.is_dir() and (run_dir / PROMPTS).is_dir():  # a teacher has yet to answer them
+        folder = run_dir / PROMPTS
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("kind") != "data" or not (folder / STATISTICS).is_file():
         remedy = "`retort prepare RECIPE` makes it; give the run directory, such as runs/legal"

@@ -28,6 +28,7 @@ SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what dataset
 NO_ROWS = {"manifest.json", "dataset_infos.json", *SAVED}  # beside rows
 OUR_NOTES = {"statistics.json", "dropped.jsonl"}  # beside rows that Retort prepared
 PART_BYTES = 2 << 20  # JSON Lines: a part ends with the first line that passes this size
+BATCH_BYTES = 1 << 20  # Parquet: records are read in batches of about this size, where they are large
 PART_ROWS = 50_000  # Parquet: a part ends with the first row group that passes this number of rows
 
 
@@ -76,12 +77,13 @@ def data_files(path: Path, documents: bool = False) -> list[Path]:
     if path.is_file():
         return [path] if kind_of(path) in KINDS or path.suffix.lower() in DOCUMENTS else []
     saved = sorted(p for p in path.rglob("*.arrow") if is_saved_dataset(path) and not p.name.startswith("cache-"))
-    found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_note(p))
+    found = sorted(p for p in path.rglob("*") if p.is_file() and not is_note(p))
     rows = [p for p in found if kind_of(p) in (DOCUMENTS if documents else KINDS)]
     return [*saved, *rows] or [p for p in found if p.suffix.lower() in DOCUMENTS]
 
 
-def _is_note(path: Path) -> bool:
+def is_note(path: Path) -> bool:
+    """Whether a file is about the rows beside it: a manifest, statistics."""
     return path.name in NO_ROWS or (path.name in OUR_NOTES and (path.parent / "manifest.json").is_file())
 
 
@@ -182,7 +184,7 @@ def _read_jsonl(part: Part) -> Iterator[Record]:
 def parse_object(raw: bytes, place: str) -> dict[str, Any] | BadRecord:
     """One line of JSON Lines; what is wrong with it as its BadRecord."""
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         return BadRecord(f"is not UTF-8 text (byte {error.start} of the line)", place, "is this a binary file?")
     except RecursionError:
@@ -196,13 +198,21 @@ def parse_object(raw: bytes, place: str) -> dict[str, Any] | BadRecord:
     return value
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice in an object")
+    return found
+
+
 def _read_json(part: Part) -> Iterator[Record]:
     """One list of objects, such a list under one name, or JSON Lines under the wrong ending."""
     path = part.path
     with _open(path) as stream:
         raw = stream.read()
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise DataError(f"is not UTF-8 text (byte {error.start})", str(path), "is this a binary file?") from None
     except RecursionError:
@@ -240,8 +250,11 @@ def _read_csv(part: Part) -> Iterator[Record]:
             if len(header) == 1 and (mark := re.search(r"[;|\t]", header[0])):
                 remedy = "write it again with commas (or as .tsv with tabs)"
                 raise DataError(f"has its columns apart by '{mark[0]}'", f"{path}:1", remedy)
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise DataError(f"names the column '{twice[0]}' twice", f"{path}:1", "rename one of them")
+            begin = reader.line_num + 1
             for record in reader:
-                place = f"{path}:{reader.line_num}"
+                place, begin = f"{path}:{begin}", reader.line_num + 1  # a row may have several lines
                 if None in record or None in record.values():
                     wanted = len(reader.fieldnames or ())
                     message = f"has not the {wanted} columns of the header"
@@ -262,7 +275,9 @@ def _read_parquet(part: Part) -> Iterator[Record]:
     try:
         file = pq.ParquetFile(part.path)
         groups = range(part.start, file.num_row_groups if part.end is None else part.end)
-        for batch in file.iter_batches(1024, row_groups=groups):
+        sizes = [file.metadata.row_group(group) for group in groups]
+        largest = max((size.total_byte_size // max(1, size.num_rows) for size in sizes), default=0)
+        for batch in file.iter_batches(max(1, min(1024, BATCH_BYTES // max(1, largest))), row_groups=groups):
             for record in batch.to_pylist():
                 yield f"{part.path}[{number}]", record
                 number += 1

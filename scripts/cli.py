@@ -76,6 +76,7 @@ def prepare(
     memory: Annotated[int, typer.Option(min=1, help="slurm and ray: GB of a task")] = 4,
 ) -> None:
     """Read, check, split and tokenise the rows of a recipe."""
+    from data_prep.prepare import expect
     from data_prep.prepare import prepare as prepare_rows
     from finetune.runs import STATE
     from recipes.gate import check
@@ -83,6 +84,8 @@ def prepare(
     from scripts import show
 
     loaded = load_recipe(recipe, set_ or ())
+    if executor == "local":
+        expect(loaded, rows_folder(loaded, loaded.run_dir))
     check(loaded).require()
     if executor != "local":
         from scripts import cluster

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.assemble import read_rows
+from data_prep.assemble import STATISTICS, read_rows
 from data_prep.masks import Masked, pieces
 from data_prep.prepare import Prepared
 from data_prep.tokens import load_tokenizer
 from recipes.schema import Recipe
+
+SHOWN_OVERLAPS = 5
 
 
 def data_table(prepared: Prepared) -> None:
@@ -33,11 +37,28 @@ def data_table(prepared: Prepared) -> None:
     table.add_row("rows cut at their end", f"{counts['truncated_rows']:,} ({counts['lost_tokens']:,} tokens lost)")
     lengths = counts["length"]
     table.add_row("row length min / 50 % / 90 % / 99 % / max", " / ".join(f"{lengths[k]:,}" for k in lengths))
+    for source in prepared.manifest["inputs"]:
+        if unread := source.get("unread"):
+            shown = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
+            table.add_row(f"files not read in {source['ref']}: {shown}", f"{len(unread):,}")
     console = Console()
     console.print(table)
+    _overlaps(console, prepared)
     if counts["dropped"]:
         console.print(f"every dropped row is in {prepared.folder / 'dropped.jsonl'}", soft_wrap=True)
     console.print(f"retort data {prepared.folder.parent} draws it all on a page", soft_wrap=True)
+
+
+def _overlaps(console: Console, prepared: Prepared) -> None:
+    """Which held-out and benchmark items training rows overlapped with."""
+    found = json.loads((prepared.folder / STATISTICS).read_text(encoding="utf-8")).get("overlaps")
+    if not found or not found["items"]:
+        return
+    console.print(f"rows were dropped that overlap with {found['items']:,} held-out or benchmark items:")
+    for line in found["most"][:SHOWN_OVERLAPS]:
+        console.print(f"  {line['item']}: {line['rows']:,}", soft_wrap=True, highlight=False)
+    if found["items"] > SHOWN_OVERLAPS:
+        console.print(f"  and {found['items'] - SHOWN_OVERLAPS:,} more")
 
 
 def masks(recipe: Recipe, prepared: Prepared, count: int) -> None:

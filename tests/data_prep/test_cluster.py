@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,26 @@ def test_tasks_in_any_order_make_the_same_data(
             assert made == (0 if stage == "write" else 2 if rank == 0 else 1)
     together = prepare(recipe, tmp_path / "together")
     assert together.reused and content(together) == content(alone)
+
+
+def test_ray_that_is_missing_is_one_line(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'retort[cluster]'")
+    if importlib.util.find_spec("ray") is not None:
+        pytest.skip("ray is installed")
+    done = run_cli("prepare", str(make_recipe()), "--executor", "ray", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "ray is not installed" in done.stderr and "retort[ray]" in done.stderr
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_data(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'retort[ray]'")
+    recipe = make_recipe(data=sources(tmp_path), output=str(tmp_path / "run"))
+    done = run_cli("prepare", str(recipe), "--executor", "ray", "--tasks", "2", "--memory", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    together = prepare(load_recipe(recipe), tmp_path / "run")
+    assert together.reused
+    assert content(together) == content(prepare(load_recipe(recipe), tmp_path / "alone" / "run"))
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +22,10 @@ from conftest import colour_rows, run_cli, write_rows
 from data_prep import cache as work_cache
 from data_prep.assemble import read_rows, shards
 from data_prep.prepare import begin, prepare
+from data_prep.tokens import load_tokenizer, shared_tokenizer
 from recipes.errors import DataError, RetortError
 from recipes.load import load_recipe
+from recipes.schema import Model
 
 WORDS = [
     f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "pu", "ra", "so", "ti") for b in ("bel", "dor", "fin", "gam", "hul")
@@ -138,6 +142,28 @@ def test_groups_documents_and_near_prompts_never_straddle(make_recipe: Callable[
     assert statistics["groups"] == {"rows": 120, "groups": 20, "largest_share": 0.05}
 
 
+def test_training_rows_stay_apart_from_given_held_out_rows(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    a, b, c, d = texts(4, seed=8)
+    near = c.replace(c.split()[5], "zzz", 1)
+    held = write_rows(tmp_path / "held.jsonl", [chat(a), chat(b, group="g"), chat(c), *(chat("x?") for _ in range(3))])
+    rows = [chat(a), chat(a, "blue"), chat("Why?", group="g"), chat(near), chat(d), chat("Why?", group="h")]
+    many = [chat("x?", text) for text in texts(30, seed=9)]  # an instruction, no question
+    path = write_rows(tmp_path / "r.jsonl", [*rows, *many])
+    data = {"train": [{"path": str(path)}], "eval": [{"path": str(held)}]}
+    shared = {f"{path}:1": "the same as a held-out row", f"{path}:2": "the same prompt as a held-out row"}
+    shared |= {f"{path}:3": "the same group as a held-out row"}
+    prepared = run(make_recipe, tmp_path / "plain", **data)
+    found = {line["_source"]: line["detail"] for line in map(json.loads, (prepared.folder / "dropped.jsonl").open())}
+    assert found == shared and prepared.counts["dropped"] == {"in_eval": 3} and prepared.counts["eval_rows"] == 6
+    prepared = run(make_recipe, tmp_path / "near", **data, steps=[{"near_dedup": {"threshold": 0.7}}])
+    dropped = list(map(json.loads, (prepared.folder / "dropped.jsonl").open()))
+    found = {line["_source"]: line["detail"] for line in dropped if line["reason"] == "in_eval"}
+    shared[f"{path}:4"] = "nearly the same as a held-out row"
+    del shared[f"{path}:2"]  # dropped before, as nearly the same as the first
+    # Beside it the second "Why?", and two of the held-out rows.
+    assert found == shared and prepared.counts["dropped"] == {"in_eval": 3, "near_duplicate": 4}
+
+
 def test_one_large_group_cannot_be_split(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.jsonl", [chat(text, group="g") for text in texts(9)])
     with pytest.raises(DataError, match=r"data\.eval: too few rows or groups to hold any out \(9 of 9 rows"):
@@ -231,6 +257,36 @@ def test_an_edited_file_redoes_only_what_depends_on_it(make_recipe: Callable[...
     assert names == ["train.parquet"] * 3
 
 
+STEPS = ["clean", {"near_dedup": {"threshold": 0.8}}, "exact_dedup", {"decontaminate": {"similarity": None}}]
+
+
+@pytest.mark.parametrize(
+    ("change", "rows", "tokens"),
+    [
+        ({}, 0, 0),
+        ({"steps": [*STEPS[:3], {"decontaminate": {"words": 12, "similarity": None}}]}, 0, 3),
+        ({"steps": STEPS[:3]}, 0, 3),
+        ({"steps": [STEPS[0], {"near_dedup": {"threshold": 0.801}}, *STEPS[2:]]}, 0, 0),
+        ({"steps": [STEPS[0], {"near_dedup": {"threshold": 0.3}}, *STEPS[2:]]}, 3, 0),  # other bands
+        ({"steps": [STEPS[0], {"near_dedup": {"threshold": 0.8, "words": 2}}, *STEPS[2:]]}, 3, 0),
+        ({"steps": STEPS[1:]}, 3, 0),
+        ({"too_long": "drop"}, 0, 3),
+        ({"on_bad_row": "drop"}, 3, 3),
+    ],
+)
+def test_what_is_made_anew_after_a_change(
+    change: dict[str, Any], rows: int, tokens: int, make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    paths = [write_rows(tmp_path / f"{n}.jsonl", [chat(t) for t in texts(20, seed=n)]) for n in range(3)]
+    data = {"train": [{"path": str(p)} for p in paths[:2]], "eval": [{"path": str(paths[2])}], "steps": STEPS}
+    data |= {"too_long": "truncate"}
+    run(make_recipe, tmp_path / "one", **data)
+    before = made_entries(tmp_path / ".retort-cache")
+    run(make_recipe, tmp_path / "two", **{**data, **change})
+    made = [Path(path).name for path in made_entries(tmp_path / ".retort-cache").keys() - before.keys()]
+    assert (made.count("rows.parquet"), made.count("train.parquet")) == (rows, tokens)
+
+
 def test_any_number_of_workers_gives_the_same_bytes(
     make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +300,33 @@ def test_any_number_of_workers_gives_the_same_bytes(
         monkeypatch.setenv("RETORT_CACHE", str(tmp_path / f"cache{count}"))
         found.append(content(run(make_recipe, tmp_path / f"run{count}", **data)))
     assert found[0] == found[1]
+
+
+def loads_a_tokenizer(_: int) -> tuple[int, int, bool]:
+    """Modules that a process imports for its first tokenizer, and how it looks for cycles."""
+    before = set(sys.modules)
+    load_tokenizer(Model(base="embedded:tiny"))
+    return len(set(sys.modules) - before), gc.get_threshold()[0], gc.get_freeze_count() > 100_000
+
+
+def test_processes_begin_with_all_that_they_need() -> None:
+    found = list(work_cache.run_jobs(loads_a_tokenizer, [1, 2], 2, "loading"))
+    assert found == [(0, work_cache.GC_THRESHOLD, True)] * 2
+    before = gc.get_threshold()
+    ((_, threshold, _),) = work_cache.run_jobs(loads_a_tokenizer, [1], 1, "loading")
+    assert threshold == work_cache.GC_THRESHOLD
+    assert gc.get_threshold() == before
+
+
+def test_a_process_loads_a_tokenizer_once_while_its_files_stay(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    first = shared_tokenizer(Model(base=str(folder)))
+    assert shared_tokenizer(Model(base=str(folder))) is first
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    second = shared_tokenizer(Model(base=str(folder)))
+    assert second.backend.chat_template == first.backend.chat_template + " "
+    assert second.fingerprint != first.fingerprint
 
 
 def test_an_error_in_a_worker_is_the_first_in_order(

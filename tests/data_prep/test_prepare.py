@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import colour_rows, run_cli, write_rows
+from conftest import ROOT, colour_rows, run_cli, write_rows
 
 from data_prep.assemble import count_packs, read_rows
 from data_prep.formats import to_row
@@ -23,6 +24,7 @@ from recipes.load import load_recipe
 from recipes.schema_data import Source
 from recipes.tables import BadRecord
 
+WIDE = {**os.environ, "COLUMNS": "250"}
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 SHAPES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"messages": CHAT}, {}),
@@ -106,6 +108,11 @@ BAD_FILES: list[tuple[str, bytes, str, str]] = [
     ("input.jsonl", good_lines()[0][:-9], ":1:", "is not valid JSON"),
     ("input.jsonl", b"[" * 100_000, ":1", "is nested too deeply"),
     ("input.jsonl", b'{"text": "only text"}', ":1", "set method.on: text"),
+    ("input.jsonl", b'{"prompt": "a", "completion": "b", "prompt": "c"}', ":1", "the key 'prompt' stands twice"),
+    ("input.jsonl", b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', ":1", "key 'content' stands"),
+    ("input.json", b'[{"prompt": "a", "completion": "b", "prompt": "c"}]', "", "the key 'prompt' stands twice"),
+    ("input.csv", b"prompt,prompt,completion\na,b,c\n", ":1", "names the column 'prompt' twice"),
+    ("input.csv", b'prompt,completion\n"a\nb","c"\n"d\ne\nf"," "\n', ":4", "'completion' is empty"),
     ("input.json", b"{}", "", "is no list of rows"),
     ("input.json", b'[{"a": 1}]\n[{"a": 2}]', ":2:1", "is not valid JSON: Extra data"),
     ("input.json", b'[{"messages": 1}, 5]', "[1]", "must be a list"),
@@ -154,6 +161,52 @@ def test_the_same_rows_from_every_file_kind(make_recipe: Callable[..., Path], tm
         found[name] = [to_row(record, place, source).id for place, record in records]  # type: ignore[arg-type]
     assert len(set(found["bom.jsonl"])) == 5
     assert all(ids == found["bom.jsonl"] for ids in found.values()), found
+
+
+def test_files_that_are_not_read_are_named(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    (folder / "more").mkdir(parents=True)
+    write_rows(folder / "a.jsonl", colour_rows(6))
+    for name in ("b.xlsx", "c.jsonl.bz2", "more/d.jsonl.xz", "e.txt", ".hidden"):
+        (folder / name).write_bytes(b"x")
+    source = {"path": str(folder)}
+    done = run_cli("prepare", str(make_recipe(data={"train": [source]})), cwd=tmp_path, env=WIDE)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "run" / "data")
+    unread = ["b.xlsx", "c.jsonl.bz2", "e.txt", "more/d.jsonl.xz"]
+    assert manifest is not None and manifest["inputs"][0]["unread"] == unread
+    assert f"files not read in {folder}: {', '.join(unread)}" in done.stdout and "rows in" in done.stdout
+    (folder / "a.jsonl").unlink()
+    (folder / "e.txt").unlink()
+    with pytest.raises(DataError, match=r"the folder holds no \.jsonl, .* file"):
+        prepare(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "other")
+
+
+def test_overlaps_are_shown_by_item(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    question = "Bob drives seven miles to see his old aunt in town {} times a year; how many miles does he drive then?"
+    held = [{"prompt": question.format(n), "completion": str(n)} for n in (10, 20)]
+    write_rows(tmp_path / "held.jsonl", held)
+    rows = [
+        {"prompt": f"{say}: {held[n]['prompt']}", "completion": "x"} for n, say in ((0, "Hm"), (1, "Oh"), (1, "So"))
+    ]
+    write_rows(tmp_path / "r.jsonl", [*rows, {"prompt": "What is red?", "completion": "A door."}])
+    step = {"decontaminate": {"against": [{"path": "held.jsonl"}], "similarity": None}}
+    recipe = make_recipe(data={"train": [{"path": "r.jsonl"}], "steps": [step]})
+    done = run_cli("prepare", str(recipe), cwd=tmp_path, env=WIDE)
+    assert done.returncode == 0, done.stderr
+    assert "rows were dropped that overlap with 2 held-out or benchmark items:\n  held.jsonl:2: 2\n" in done.stdout
+    statistics = json.loads((tmp_path / "run" / "data" / "statistics.json").read_text())
+    most = [{"item": "held.jsonl:2", "rows": 2}, {"item": "held.jsonl:1", "rows": 1}]
+    assert statistics["overlaps"] == {"items": 2, "most": most}
+
+
+def test_prompts_for_a_teacher_are_drawn_where_prepare_says(tmp_path: Path) -> None:
+    less = "data.train=[{embedded: legal, split: train, limit: 40}]"
+    options = ("--set", f"output={tmp_path / 'run'}", "--set", less)
+    done = run_cli("prepare", str(ROOT / "recipes" / "legal-distill.yaml"), *options, cwd=tmp_path, env=WIDE)
+    assert done.returncode == 0 and f"retort data {tmp_path / 'run'} draws" in done.stdout, done.stderr
+    done = run_cli("data", str(tmp_path / "run"), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'run' / 'data.html'}\n"), done.stderr
 
 
 def test_counts_reasons_and_leakage(make_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -156,6 +156,44 @@ def test_saved_datasets_and_compressed_files(make_recipe: Callable[..., Path], t
     assert read_rows(prepared.folder, "train")[0]["_source"] == f"{tmp_path / 'dict'}:train[1]"
 
 
+@pytest.mark.parametrize("kind", ["saved", "hub"])
+def test_columns_of_a_dataset_are_mapped(
+    kind: str, make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = datasets.Dataset.from_list([{"question": f"Q{i}", "answer": f"A{i}"} for i in range(6)])
+    rows.save_to_disk(tmp_path / "saved")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.load_from_disk(tmp_path / "saved"))
+    source = {"path": str(tmp_path / "saved")} if kind == "saved" else {"hub": "org/rows@main"}
+    source |= {"columns": {"prompt": "question", "completion": "answer"}}
+    prepared = prepare(load_recipe(make_recipe(data={"train": [source]})), tmp_path / "run")
+    stored = read_rows(prepared.folder, "train")
+    assert [row["messages"][0]["content"] for row in stored] == [f"Q{i}" for i in range(6)]
+    assert stored[5]["_source"].endswith("[6]") and stored[5]["messages"][1]["content"] == "A5"
+
+
+def test_rows_of_a_named_benchmark_are_dropped(
+    make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's download is led to a set on this disk; all else is as it is with the hub."""
+    question = "Bob drives seven miles to see his aunt in town three times a year; how many miles is that?"
+    saved = datasets.Dataset.from_list([{"question": question, "answer": "7 * 2 * 3 = 42"}])
+    asked = []
+
+    def load(name: str, subset: str | None, **options: Any) -> Any:
+        asked.append((name, subset, options["split"]))
+        return saved
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    messages = [{"role": "user", "content": f"Please: {question}"}, {"role": "assistant", "content": "42"}]
+    path = write_rows(tmp_path / "r.jsonl", [{"messages": messages}, *colour_rows(4)])
+    data = {"train": [{"path": str(path)}], "steps": [{"decontaminate": {"against": ["gsm8k"]}}]}
+    prepared = prepare(load_recipe(make_recipe(data=data)), tmp_path / "run")
+    assert prepared.counts["dropped"] == {"contaminated": 1}
+    assert set(asked) == {("openai/gsm8k", "main", "test")}
+    (line,) = map(json.loads, (prepared.folder / "dropped.jsonl").open())
+    assert line["detail"].startswith("n-gram of openai/gsm8k:main:test[1], 64%: bob drives seven miles")
+
+
 def test_documents_become_passages_that_stay_together(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "papers"
     folder.mkdir()
