@@ -2,7 +2,8 @@
 
 Files in `teacher/`: `rows/` and `heldout/` (JSON Lines, sources of the student's preparation, each with a manifest),
 `answers.jsonl` (the teacher's own answers to held-out prompts), `rejected.jsonl`, `stats.json` (stable), `summary.json`
-(for the report), `sessions.jsonl` (what each call of the stage did), `journal/`, `identity.json`, and the manifest.
+(for the report), `sessions.jsonl` (what each call of the stage did), `journal/`, `identity.json`, `served.json`
+(what the servers said that they serve), and the manifest.
 """
 
 from __future__ import annotations

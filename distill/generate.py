@@ -24,6 +24,7 @@ from data_prep.rows import Message, Row, before_answer
 from distill import answers, pairs, scoring
 from distill.answers import Work
 from distill.filters import Candidate, Judged, Verify, judge
+from distill.http_watch import SERVED
 from distill.identity import teacher_ref
 from distill.journal import IDENTITY, JOURNAL, Journal
 from distill.meter import Meter
@@ -71,7 +72,7 @@ class Stage:
         if self.opened is None:
             assert self.recipe.teacher is not None
             self.say(f"starting the teacher: {self.recipe.teacher.model} ({self.recipe.teacher.engine.name})")
-            self.opened = open_teacher(self.recipe, self.tokenizer)
+            self.opened = open_teacher(self.recipe, self.tokenizer, self.folder / SERVED)
         return self.opened
 
     def answered(self, asked: Sequence[Asked], what: str) -> Iterator[tuple[Asked, Completion]]:

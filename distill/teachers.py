@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.logit_cache import Sparse
@@ -121,11 +122,12 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
     return model_identity(recipe)
 
 
-def open_teacher(recipe: Recipe, tokenizer: Any | None) -> Teacher:
+def open_teacher(recipe: Recipe, tokenizer: Any | None, memory: Path | None = None) -> Teacher:
     """The engine that the recipe names, ready to answer.
 
     Args:
         tokenizer: the teacher's (transformers), where it is at hand.
+        memory: a file for what a server says that it serves, which must not change from one session to the next.
 
     Raises:
         EngineError: it cannot be started or reached. RecipeError: the model cannot be loaded.
@@ -143,7 +145,7 @@ def open_teacher(recipe: Recipe, tokenizer: Any | None) -> Teacher:
     if name == "http":
         from distill.engine_http import HttpTeacher
 
-        return HttpTeacher(recipe, tokenizer)
+        return HttpTeacher(recipe, tokenizer, memory)
     from distill.engine_replay import ReplayTeacher
 
     return ReplayTeacher(recipe)
