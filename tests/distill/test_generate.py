@@ -151,6 +151,17 @@ def test_training_waits_for_the_teacher_and_notices_another_recipe(tmp_path: Pat
     with pytest.raises(EngineError, match=r"teacher\.filters changed"):
         require_taught(load_recipe(path, ["teacher.filters=[empty]"]))
     require_taught(load_recipe(path, ["train.learning_rate=0.001", "teacher.price={hour: 2.0}"]))
+    server = "urls: ['http://127.0.0.1:9/v1']"
+    for same in ("transformers: {batch_size: 2}", "vllm: {memory: 0.5}", f"http: {{{server}, parallel: 2}}"):
+        require_taught(load_recipe(path, [f"teacher.engine={{{same}}}"]))
+    for other, key in {
+        "transformers: {quantization: nf4}": "quantization",
+        "vllm: {extra: {quantization: fp8}}": "quantization",
+        f"http: {{{server}, served_as: another}}": "served_as",
+        f"http: {{{server}, extra_body: {{min_tokens: 9}}}}": "extra_body",
+    }.items():
+        with pytest.raises(EngineError, match=rf"made by another recipe \(teacher\.engine\.{key} changed\)"):
+            require_taught(load_recipe(path, [f"teacher.engine={{{other}}}"]))
     student = student_recipe(recipe, recipe.run_dir)
     assert student.method.type == "sft" and str(student.data.train[0]).endswith("teacher/rows")
     # Whoever uses the rows elsewhere inherits their lineage.

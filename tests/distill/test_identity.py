@@ -40,6 +40,8 @@ def test_what_decides_answers_decides_the_identity(copy: Path, name: str) -> Non
 def test_rounded_weights_and_further_fields_are_another_teacher() -> None:
     whole = model_identity(recipe_for("transformers"))
     assert model_identity(recipe_for({"transformers": {"quantization": "nf4"}})) == {**whole, "quantization": "nf4"}
+    for extra in ({"quantization": "fp8"}, {"hf_overrides": {"rope_theta": 1e6}}):
+        assert model_identity(recipe_for({"vllm": {"extra": {**extra, "enforce_eager": True}}})) == {**whole, **extra}
     asked = {"http": {**SERVER["http"], "extra_body": {"guided_regex": "a+"}}}
     assert model_identity(recipe_for(asked)) == {**whole, "extra_body": {"guided_regex": "a+"}}
 
