@@ -30,7 +30,7 @@ from distill.http_replies import Reply, read_answer, read_scores
 from distill.http_stream import stream
 from distill.http_watch import Watch
 from distill.identity import model_identity
-from distill.teachers import CUT, Completion, Request
+from distill.teachers import CUT, ENDED, Completion, Request
 from recipes.errors import EngineError, RecipeError
 from recipes.evidence import host_at, host_named, served_name
 from recipes.schema import Recipe
@@ -187,7 +187,7 @@ class HttpTeacher:
             finish=reply.finish,
             token_ids=reply.token_ids,
             prompt_tokens=_prompt_tokens(request) if prompt is None else prompt,
-            completion_tokens=self._length(text) if completion is None else completion,
+            completion_tokens=self._estimate(request, reply, text) if completion is None else completion,
             seconds=reply.seconds,
             model=reply.model or self.served,
             max_tokens=request.max_tokens,
@@ -212,10 +212,13 @@ class HttpTeacher:
         goes_on = raw or reply.finish == CUT or dict(TAGS)[opened] in text
         return opened + text if goes_on else text
 
-    def _length(self, text: str) -> int:
+    def _estimate(self, request: Request, reply: Reply, text: str) -> int:
+        """Tokens of an answer that the server did not count. They do not gainsay its word that the answer is whole."""
         if self.tokenizer is None:
-            return len(text) // 4
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            count = len(text) // 4
+        else:
+            count = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return min(count, request.max_tokens - 1) if reply.finish in ENDED else count
 
 
 def is_hosted(model: str, urls: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ from recipes.schema import Recipe
 
 Message = dict[str, Any]
 CUT = "length"  # finish reason of an answer that max_tokens ended
+ENDED = {"stop", "tool_calls"}  # those of a whole one
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,15 @@ class Completion:
 
     @property
     def truncated(self) -> bool:
-        """Cut, by the finish reason or, where that is silent or wrong, by the count."""
-        ended = self.finish in {"stop", "tool_calls"}
-        return self.finish == CUT or (not ended and self.completion_tokens >= self.max_tokens)
+        """Cut, by the finish reason or, where that is silent or wrong, by the count.
+
+        An answer of just max_tokens may have come to its end with the last of them. An engine that shows the tokens
+        knows; a server that shows none is not believed, for some say `stop` of every answer.
+        """
+        if self.finish == CUT or self.completion_tokens > self.max_tokens:
+            return True
+        known = self.finish in ENDED and self.token_ids is not None
+        return self.completion_tokens == self.max_tokens and not known
 
 
 class Teacher(Protocol):

@@ -472,7 +472,7 @@ def test_two_shards_copied_together_are_one_journal(tmp_path: Path) -> None:
 
 def test_of_several_answers_the_whole_then_the_longest_then_the_first_is_taken(tmp_path: Path) -> None:
     def said(text: str, finish: str, limit: int) -> Completion:
-        return Completion("k", text, finish, None, 1, limit, 0.5, "m", limit)
+        return Completion("k", text, finish, None, 1, limit if finish == "length" else 1, 0.5, "m", limit)
 
     def best_of(*files: list[Completion]) -> str:
         folder = tmp_path / "several"
