@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.earlier_teacher import teacher_parent
 from data_prep.rows import Message, Row
 from distill.filters import Candidate, Judged
 from distill.journal import JOURNAL
@@ -165,7 +166,7 @@ def _made_of(recipe: Recipe, verdict: Verdict, assets: Sequence[Asset], prompts:
     return {
         "recipe": recipe.resolved(),
         "inputs": [{"role": "data", "ref": "prompts", "sha256": sha256_file(prompts / MANIFEST), "license": None}],
-        "parents": [{"role": "teacher", "ref": recipe.teacher.model}],
+        "parents": [teacher_parent(recipe)],
         "code": code_state(),
         "packages": packages(),
         "verdict": verdict.as_dict(),

@@ -23,13 +23,13 @@ import numpy as np
 from pydantic import SecretStr
 
 from data_prep.completions import TAGS, completion_text
+from data_prep.identity import model_identity
 from data_prep.logit_cache import Sparse, scored_positions
 from distill.http_client import Bucket, Call, Client
 from distill.http_errors import OPTIONS, Key, shown
 from distill.http_replies import Reply, read_answer, read_scores
 from distill.http_stream import stream
 from distill.http_watch import Watch
-from distill.identity import model_identity
 from distill.teachers import CUT, ENDED, Completion, Request
 from recipes.errors import EngineError, RecipeError
 from recipes.evidence import host_at, host_named, served_name
@@ -57,7 +57,7 @@ class HttpTeacher:
         memory: the file that keeps what the servers say that they serve, for later sessions.
 
     Attributes:
-        identity: as identity.py tells it. No address: other machines may serve the same.
+        identity: as data_prep/identity.py tells it. No address: other machines may serve the same.
         estimated: answers whose token counts the server did not tell. They are counted with the tokenizer, or taken as
             a quarter of the characters where there is none.
         notes: what befell the endpoints.

@@ -16,7 +16,9 @@ from typing import Any
 
 from data_prep.assemble import read_rows
 from data_prep.completions import split_thinking
+from data_prep.earlier_teacher import IDENTITY
 from data_prep.held_out import choose_rows
+from data_prep.identity import teacher_ref
 from data_prep.mask_pass import HELD_OUT
 from data_prep.pairing import load_teacher_tokenizer, require_pair
 from data_prep.prepare import Prepared, prepare
@@ -25,8 +27,7 @@ from distill import answers, pairs, scoring
 from distill.answers import Work
 from distill.filters import Candidate, Judged, Verify, judge
 from distill.http_watch import SERVED
-from distill.identity import teacher_ref
-from distill.journal import IDENTITY, JOURNAL, Journal
+from distill.journal import JOURNAL, Journal
 from distill.meter import Meter
 from distill.rounds import Asked, Asker, Thread, going_on, student_row
 from distill.teachers import Completion, Teacher, identity_of, open_teacher

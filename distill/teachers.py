@@ -124,7 +124,7 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
         from distill.engine_replay import ReplayTeacher
 
         return ReplayTeacher(recipe).identity
-    from distill.identity import model_identity
+    from data_prep.identity import model_identity
 
     return model_identity(recipe)
 

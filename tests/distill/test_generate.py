@@ -35,6 +35,11 @@ def test_rows_figures_and_manifests_and_a_rerun_that_asks_nothing(tmp_path: Path
     recorded = read_journal(folder / "journal")
     assert {row["_gen"] for row in rows} <= set(recorded) and len(recorded) == stats["completions"]
     assert sum(c.completion_tokens for c in recorded.values()) == stats["completion_tokens"]
+    identity = json.loads((folder / "identity.json").read_text())
+    for made in (folder, folder / "rows"):
+        manifest = read_manifest(made)
+        assert manifest is not None and len(identity["sha256"]) == 64
+        assert manifest["parents"] == [{"role": "teacher", "ref": "embedded:tiny-teacher", "identity": identity}]
     assert verify(folder) == verify(folder / "rows") == verify(folder / "heldout") == []
     assert any("greedy" in line for line in said)
     # The held-out rows keep their own answers; the teacher's stand beside them.
@@ -203,6 +208,7 @@ def test_a_student_of_every_mode_trains_from_the_command_line(mode: str, tmp_pat
     run = tmp_path / "run"
     manifest = read_manifest(run)
     assert manifest is not None and manifest["recipe"]["method"]["mode"] == mode
+    assert any(parent["role"] == "teacher" and "sha256" in parent["identity"] for parent in manifest["parents"])
     assert verify(run) == []
     if mode != "preference":
         evaluation = json.loads((run / "eval.json").read_text())

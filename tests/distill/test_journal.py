@@ -29,9 +29,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.earlier_teacher import IDENTITY
 from data_prep.logit_cache import Sparse
 from distill.engine_replay import ReplayTeacher
-from distill.journal import AHEAD, IDENTITY, JOURNAL, Journal, read_journal
+from distill.journal import AHEAD, JOURNAL, Journal, read_journal
 from distill.journal_files import encode
 from distill.teachers import Completion, Request
 from recipes.errors import DataError, EngineError, RetortError

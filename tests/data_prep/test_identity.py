@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from real_teachers import MODEL, recipe_for
 
-from distill.identity import model_identity
+from data_prep.identity import model_identity
 from recipes.errors import RecipeError
+from recipes.refs import EMBEDDED
+from recipes.schema import Recipe
 
+MODEL = EMBEDDED / "tiny-teacher"
 SERVER = {"http": {"urls": ["http://127.0.0.1:1/v1"]}}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def recipe_for(engine: Any, model: str = "embedded:tiny-teacher") -> Recipe:
+    content = {
+        "name": "t",
+        "model": {"base": "embedded:tiny"},
+        "data": {"train": [{"embedded": "legal"}]},
+        "method": "distill",
+        "teacher": {"model": model, "engine": engine},
+    }
+    return Recipe.model_validate(content)
 
 
 @pytest.fixture
