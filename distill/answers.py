@@ -27,7 +27,6 @@ from recipes.evidence import Asset, to_record
 from recipes.gate import Verdict
 from recipes.lineage import (
     MANIFEST,
-    cannot_write,
     code_state,
     packages,
     read_manifest,
@@ -35,6 +34,7 @@ from recipes.lineage import (
     sha256_files,
     write_atomic,
     write_manifest,
+    writing,
 )
 from recipes.schema import Recipe
 from recipes.student import PROMPT, ROWS, TEACHER, decides
@@ -134,7 +134,7 @@ def write_rows(
     nothing changed: a run that was made of it stays provable."""
     target = folder / name
     fresh = target.with_name(f"{name}.new")
-    try:
+    with writing(target):
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         for number, start in enumerate(range(0, len(rows), SHARD_ROWS)):
@@ -147,8 +147,6 @@ def write_rows(
             return
         shutil.rmtree(target, ignore_errors=True)
         os.replace(fresh, target)
-    except OSError as error:
-        raise cannot_write(target, error) from None
 
 
 def _same(manifest: dict[str, Any] | None, recipe: Recipe, files: dict[str, str]) -> bool:
@@ -175,14 +173,23 @@ def _made_of(recipe: Recipe, verdict: Verdict, assets: Sequence[Asset], prompts:
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """JSON Lines, whole or not at all."""
+    """JSON Lines, whole or not at all.
+
+    Raises:
+        RetortError: the disk is full, say.
+    """
     fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8", errors="backslashreplace") as out:
-        for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(fresh, path)
+    with writing(path):
+        try:
+            with fresh.open("w", encoding="utf-8", errors="backslashreplace") as out:
+                for row in rows:
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(fresh, path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
 
 
 def reject_line(candidate: Candidate, reason: str, detail: str) -> dict[str, Any]:
@@ -289,8 +296,13 @@ def histogram(values: Sequence[int]) -> dict[str, list[float]]:
 
 
 def add_session(folder: Path, entry: dict[str, Any]) -> None:
-    """One line more, in one write: shards on other machines add theirs to the same file."""
-    with (folder / "sessions.jsonl").open("a", encoding="utf-8") as out:
+    """One line more, in one write: shards on other machines add theirs to the same file.
+
+    Raises:
+        RetortError: the disk is full, say.
+    """
+    path = folder / "sessions.jsonl"
+    with writing(path), path.open("a", encoding="utf-8") as out:
         out.write(json.dumps(entry) + "\n")
 
 

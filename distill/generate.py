@@ -34,6 +34,7 @@ from distill.teachers import Completion, Teacher, identity_of, open_teacher
 from recipes.errors import EngineError, RecipeError
 from recipes.evidence import Asset
 from recipes.gate import Verdict, examine
+from recipes.lineage import writing
 from recipes.presets import resolve
 from recipes.schema import Recipe
 from recipes.schema_teacher import Round
@@ -217,8 +218,10 @@ def _prompts(recipe: Recipe) -> Prepared:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as stream:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / ".lock").open("a")
+    with stream:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield

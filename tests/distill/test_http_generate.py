@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from chaos_server import Changed, ChaosServer, Status, servers, shorten_pauses, 
 from teaching import PROMPTS, recipe_file, results, taught
 
 from distill.http_watch import SERVED
-from recipes.errors import EngineError
+from recipes.errors import EngineError, RetortError
 
 SECRET = "sk-chaos-0123456789abcdef-WXYZ"
 
@@ -28,15 +29,22 @@ def serve() -> Iterator[Callable[..., ChaosServer]]:
     yield from servers()
 
 
-def recipe_at(folder: Path, url: str, run: str = "run", **options: Any) -> Path:
-    """A recipe whose teacher is at an address; keyword arguments are options of the engine."""
+def recipe_at(
+    folder: Path, url: str, run: str = "run", prompts: int = PROMPTS, max_tokens: int = 32, **options: Any
+) -> Path:
+    """A recipe whose teacher is at an address; further keyword arguments are options of the engine."""
     return recipe_file(
         folder,
+        data={
+            "train": [{"embedded": "legal", "limit": prompts}],
+            "eval": [{"embedded": "legal", "split": "heldout", "limit": 12}],
+        },
         output=str(folder / run),
         use={"purpose": "research", "distribute": False},
         teacher={
             "model": "org/teacher",
             "license": "Apache-2.0",
+            "sampling": {"max_tokens": max_tokens},
             "engine": {"http": {"urls": [url], "parallel": 4, **options}},
         },
     )
@@ -120,3 +128,48 @@ def test_a_server_that_was_never_asked_is_not_remembered(tmp_path: Path, serve: 
     with pytest.raises(EngineError):
         taught(recipe_at(tmp_path, start(serve, dies_at=0, root="/wrong-weights").url))
     assert taught(recipe_at(tmp_path, start(serve).url))[1]["calls_made"] == PROMPTS + 12
+
+
+def outcome(path: Path) -> str | None:
+    """The error of a run in words, which must be one of Retort's, on one line."""
+    try:
+        taught(path)
+    except RetortError as error:
+        assert "\n" not in str(error) and error.exit_code == 1
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", ["rejected.jsonl", "answers.jsonl", "sessions.jsonl"])
+def test_a_full_disk_is_an_error_in_one_line(tmp_path: Path, serve: Callable[..., ChaosServer], name: str) -> None:
+    path, folder = recipe_at(tmp_path, serve().url, max_tokens=6), tmp_path / "run" / "teacher"
+    folder.mkdir(parents=True)
+    written = folder / (name if name == "sessions.jsonl" else f"{name}.new")
+    written.symlink_to("/dev/full")
+    remedy = "free some space or choose another output"
+    assert outcome(path) == f"{folder / name}: cannot be written (No space left on device); {remedy}"
+    written.unlink(missing_ok=True)
+    recipe, stats, _ = taught(path)
+    assert stats["calls_made"] == 0  # no answer was lost
+    whole, _, _ = taught(recipe_at(tmp_path, serve().url, run="whole", max_tokens=6))
+    assert results(recipe) == results(whole)
+
+
+def test_wherever_the_room_ends(tmp_path: Path, serve: Callable[..., ChaosServer]) -> None:
+    """Files may grow to a size and no further, just too small for each that the stage writes."""
+    folder = tmp_path / "run" / "teacher"
+    path = recipe_at(tmp_path, serve().url, prompts=100, max_tokens=6)  # most are cut, and rejected
+    recipe, _, _ = taught(path)
+    before, soft = results(recipe), resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = {p.stat().st_size for p in folder.rglob("*") if p.is_file() and "journal" not in str(p)}
+    failed = set()
+    for size in sorted(sizes - {0}):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, soft[1]))
+        try:
+            said = outcome(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+        assert said is None or "cannot be written (File too large)" in said
+        failed |= {Path(said.partition(":")[0]).name} if said else set()
+    assert {"identity.json", "rows-00000.jsonl", "rejected.jsonl"} <= failed
+    assert outcome(path) is None and results(recipe) == before
