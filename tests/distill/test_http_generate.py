@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import resource
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos_server import Changed, ChaosServer, Status, servers, shorten_pauses, some
-from teaching import PROMPTS, recipe_file, results, taught
+from chaos_server import DISTURBANCES, Changed, ChaosServer, Late, Status, servers, serving, shorten_pauses, some
+from teaching import PROMPTS, lines, recipe_file, results, taught
 
 from distill.http_watch import SERVED
 from recipes.errors import EngineError, RetortError
 
+ALL = PROMPTS + 12  # requests: half of the held-out rows are measured, the others watched
 SECRET = "sk-chaos-0123456789abcdef-WXYZ"
 
 
@@ -44,7 +48,7 @@ def recipe_at(
         teacher={
             "model": "org/teacher",
             "license": "Apache-2.0",
-            "sampling": {"max_tokens": max_tokens},
+            "sampling": {"temperature": 0.0, "max_tokens": max_tokens},
             "engine": {"http": {"urls": [url], "parallel": 4, **options}},
         },
     )
@@ -112,7 +116,7 @@ def test_the_same_server_elsewhere_goes_on_and_another_recipe_is_another_teacher
     with pytest.raises(EngineError):
         taught(path)
     recipe, stats, _ = taught(recipe_at(tmp_path, start(serve).url))
-    assert stats["from_journal"] >= 10 and stats["calls_made"] == PROMPTS + 12 - stats["from_journal"]
+    assert stats["from_journal"] >= 10 and stats["calls_made"] == ALL - stats["from_journal"]
     whole, _, _ = taught(recipe_at(tmp_path, start(serve).url, run="whole"))
     assert results(recipe) == results(whole)
     other = start(serve, root="/other-weights", id="org/other", model="org/other")
@@ -127,7 +131,79 @@ def test_a_server_that_was_never_asked_is_not_remembered(tmp_path: Path, serve: 
     """The wrong server was running: it listed its models, and refused."""
     with pytest.raises(EngineError):
         taught(recipe_at(tmp_path, start(serve, dies_at=0, root="/wrong-weights").url))
-    assert taught(recipe_at(tmp_path, start(serve).url))[1]["calls_made"] == PROMPTS + 12
+    assert taught(recipe_at(tmp_path, start(serve).url))[1]["calls_made"] == ALL
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with serving() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETORT_WORKERS", "1")
+        recipe, stats, _ = taught(recipe_at(folder, server.url))
+        assert stats["calls_made"] == len(asked_of(server)) == len(server.posts) == ALL
+    return results(recipe)
+
+
+def asked_of(*servers: ChaosServer) -> set[str]:
+    """The prompts that arrived."""
+    return {json.dumps(post.body["messages"]) for server in servers for post in server.posts}
+
+
+def recorded(folder: Path) -> list[str]:
+    """The keys of a run's journal, one for each line."""
+    return [line["key"] for path in (folder / "teacher" / "journal").glob("*.jsonl") for line in lines(path)]
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_a_disturbed_stage_ends_as_the_undisturbed_one(
+    tmp_path: Path, serve: Callable[..., ChaosServer], undisturbed: dict[str, str], name: str
+) -> None:
+    """Through two sessions: the first ends in the middle, by a refusal."""
+    mischief, options = DISTURBANCES[name]
+
+    def broken(number: int, body: dict[str, Any]) -> Any:
+        return Status(400) if number >= 24 else mischief(number, body)
+
+    first = serve(mischief=broken)
+    path = recipe_at(tmp_path, first.url, **{"retries": 20, **options})
+    with pytest.raises(EngineError, match="refuses request"):
+        taught(path)
+    known = recorded(tmp_path / "run")
+    assert len(known) == len(set(known)) and 0 < len(known) < ALL
+    second = serve(mischief=mischief)
+    recipe, stats, _ = taught(recipe_at(tmp_path, second.url, **{"retries": 20, **options}))
+    assert results(recipe) == undisturbed
+    every = recorded(tmp_path / "run")
+    assert len(every) == len(set(every)) == ALL and set(known) < set(every)  # none lost, none doubled
+    # What is in the journal is not asked again: the prompts of the second session are the others.
+    assert stats["from_journal"] == len(known) and stats["calls_made"] == len(asked_of(second)) == ALL - len(known)
+    assert len(asked_of(first, second)) == ALL
+
+
+def test_a_stage_outlives_its_server(
+    tmp_path: Path, serve: Callable[..., ChaosServer], undisturbed: dict[str, str]
+) -> None:
+    """It is killed and comes back at the same address, while the stage waits."""
+    reborn: list[ChaosServer] = []
+
+    def rebirth() -> None:
+        server.kill()
+        time.sleep(0.3)
+        reborn.append(serve(port=server.server_port))
+
+    def dies(number: int, body: dict[str, Any]) -> Any:
+        if number == 12:
+            threading.Thread(target=rebirth).start()
+        return Late(0.02)
+
+    server = serve(mischief=dies)
+    recipe, stats, _ = taught(recipe_at(tmp_path, server.url, retries=3))
+    assert results(recipe) == undisturbed
+    every = recorded(tmp_path / "run")
+    assert len(every) == len(set(every)) == ALL == stats["calls_made"]
+    asked = Counter(json.dumps(post.body["messages"]) for one in (server, *reborn) for post in one.posts)
+    assert len(asked) == ALL and len(reborn[0].posts) >= ALL - len(server.posts)
+    assert asked.total() <= ALL + 4  # only what was under way is asked twice
 
 
 def outcome(path: Path) -> str | None:
