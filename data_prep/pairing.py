@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.earlier_teacher import changed_teacher
 from data_prep.masks import mask_prompt
 from data_prep.model_files import tensors_of
 from data_prep.tokens import Tokenizer, fetch, load_tokenizer
 from recipes.errors import DataError, RecipeError
-from recipes.lineage import read_manifest, read_object
+from recipes.lineage import read_object
 from recipes.refs import parse_ref
 from recipes.schema import Model, Recipe
 
@@ -247,32 +248,6 @@ def parameters_of(folder: Path) -> int | None:
 
 def _elements(path: Path) -> int:
     return sum(math.prod(t["shape"]) * (2 if t["dtype"] == "U8" else 1) for t in tensors_of(path).values())
-
-
-def teacher_of(manifest: Mapping[str, Any]) -> str | None:
-    """The teacher that an earlier run's manifest names."""
-    recipe = manifest.get("recipe")
-    teacher = recipe.get("teacher") if isinstance(recipe, dict) else None
-    return str(teacher["model"]) if isinstance(teacher, dict) and "model" in teacher else None
-
-
-def changed_teacher(recipe: Recipe) -> str | None:
-    """A doubt where the run that this one continues learnt from another teacher; it is looked for up the chain.
-
-    Raises:
-        DataError: a manifest of the chain was changed.
-    """
-    assert recipe.teacher is not None
-    run, seen = recipe.model.run, set()
-    while run is not None and run not in seen:
-        seen.add(run)
-        manifest = read_manifest(Path(run).expanduser()) or {}
-        earlier = teacher_of(manifest)
-        if earlier is not None:
-            now = recipe.teacher.model
-            return None if earlier == now else f"the student learnt from {earlier} in {run}, and now from {now}"
-        run = ((manifest.get("recipe") or {}).get("model") or {}).get("run")
-    return None
 
 
 def _sizes(recipe: Recipe) -> str | None:

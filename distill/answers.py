@@ -2,7 +2,8 @@
 
 Files in `teacher/`: `rows/` and `heldout/` (JSON Lines, sources of the student's preparation, each with a manifest),
 `answers.jsonl` (the teacher's own answers to held-out prompts), `rejected.jsonl`, `stats.json` (stable), `summary.json`
-(for the report), `sessions.jsonl` (what each call of the stage did), `journal/`, `identity.json`, and the manifest.
+(for the report), `sessions.jsonl` (what each call of the stage did), `journal/`, `identity.json`, `served.json`
+(what the servers said that they serve), and the manifest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.earlier_teacher import teacher_parent
 from data_prep.rows import Message, Row
 from distill.filters import Candidate, Judged
 from distill.journal import JOURNAL
@@ -25,7 +27,6 @@ from recipes.errors import DataError
 from recipes.evidence import Asset, to_record
 from recipes.lineage import (
     MANIFEST,
-    cannot_write,
     code_state,
     packages,
     read_manifest,
@@ -34,6 +35,7 @@ from recipes.lineage import (
     verify,
     write_atomic,
     write_manifest,
+    writing,
 )
 from recipes.schema import Recipe
 from recipes.student import PROMPT, ROWS, TEACHER, decides
@@ -134,7 +136,7 @@ def write_rows(
     nothing changed: a run that was made of it stays provable."""
     target = folder / name
     fresh = target.with_name(f"{name}.new")
-    try:
+    with writing(target):
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         for number, start in enumerate(range(0, len(rows), SHARD_ROWS)):
@@ -147,8 +149,6 @@ def write_rows(
             return
         shutil.rmtree(target, ignore_errors=True)
         os.replace(fresh, target)
-    except OSError as error:
-        raise cannot_write(target, error) from None
 
 
 def _same(folder: Path, recipe: Recipe, files: dict[str, str]) -> bool:
@@ -171,7 +171,7 @@ def _made_of(recipe: Recipe, verdict: Verdict, assets: Sequence[Asset], prompts:
     return {
         "recipe": recipe.resolved(),
         "inputs": [{"role": "data", "ref": "prompts", "sha256": sha256_file(prompts / MANIFEST), "license": None}],
-        "parents": [{"role": "teacher", "ref": recipe.teacher.model}],
+        "parents": [teacher_parent(recipe)],
         "code": code_state(),
         "packages": packages(),
         "verdict": verdict.as_dict(),
@@ -180,14 +180,23 @@ def _made_of(recipe: Recipe, verdict: Verdict, assets: Sequence[Asset], prompts:
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """JSON Lines, whole or not at all."""
+    """JSON Lines, whole or not at all.
+
+    Raises:
+        RetortError: the disk is full, say.
+    """
     fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8", errors="backslashreplace") as out:
-        for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(fresh, path)
+    with writing(path):
+        try:
+            with fresh.open("w", encoding="utf-8", errors="backslashreplace") as out:
+                for row in rows:
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(fresh, path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
 
 
 def reject_line(candidate: Candidate, reason: str, detail: str) -> dict[str, Any]:
@@ -294,8 +303,13 @@ def histogram(values: Sequence[int]) -> dict[str, list[float]]:
 
 
 def add_session(folder: Path, entry: dict[str, Any]) -> None:
-    """One line more, in one write: shards on other machines add theirs to the same file."""
-    with (folder / "sessions.jsonl").open("a", encoding="utf-8") as out:
+    """One line more, in one write: shards on other machines add theirs to the same file.
+
+    Raises:
+        RetortError: the disk is full, say.
+    """
+    path = folder / "sessions.jsonl"
+    with writing(path), path.open("a", encoding="utf-8") as out:
         out.write(json.dumps(entry) + "\n")
 
 

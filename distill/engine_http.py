@@ -4,9 +4,9 @@ Chat requests go to `/chat/completions` as messages, which the server renders; w
 `/completions` as the token ids that Retort rendered itself. Fields that OpenAI does not know are sent only when the
 recipe sets them. vLLM is asked for the token ids of its answers; a server that refuses to be asked is not asked again.
 
-A server may be restarted with another model while it is asked. Every reply names its model, and some name the state of
-the server (`system_fingerprint`); what the first reply of a run said must stay. The fingerprint of a hosted service
-tells its machines apart, not its models, and is left alone.
+A server may be restarted with another model while it is asked, or between two sessions. Every reply names its model,
+and some name the state of the server (`system_fingerprint`); what the first reply said must stay (http_watch.py). The
+fingerprint of a hosted service tells its machines apart, not its models, and is left alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,13 +23,14 @@ import numpy as np
 from pydantic import SecretStr
 
 from data_prep.completions import TAGS, completion_text
+from data_prep.identity import model_identity
 from data_prep.logit_cache import Sparse, scored_positions
 from distill.http_client import Bucket, Call, Client
 from distill.http_errors import OPTIONS, Key, shown
-from distill.http_replies import Reply, Watch, read_answer, read_scores
+from distill.http_replies import Reply, read_answer, read_scores
 from distill.http_stream import stream
-from distill.identity import model_identity
-from distill.teachers import CUT, Completion, Request
+from distill.http_watch import Watch
+from distill.teachers import CUT, ENDED, Completion, Request
 from recipes.errors import EngineError, RecipeError
 from recipes.evidence import host_at, host_named, served_name
 from recipes.schema import Recipe
@@ -51,18 +53,21 @@ _SEEDS = 2**31  # llama.cpp and others read the seed as 32 bits
 class HttpTeacher:
     """Speaks the protocol of teachers.py.
 
+    Args:
+        memory: the file that keeps what the servers say that they serve, for later sessions.
+
     Attributes:
-        identity: as identity.py tells it. No address: other machines may serve the same.
+        identity: as data_prep/identity.py tells it. No address: other machines may serve the same.
         estimated: answers whose token counts the server did not tell. They are counted with the tokenizer, or taken as
             a quarter of the characters where there is none.
         notes: what befell the endpoints.
 
     Raises:
         RecipeError: the key's environment variable is not set, or extra_body names a field that is Retort's.
-        EngineError: no endpoint answers, or one of them does not serve the model.
+        EngineError: no endpoint answers, or one of them does not serve the model, or another one than earlier.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any | None) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Any | None, memory: Path | None = None) -> None:
         assert recipe.teacher is not None
         self.recipe, self.teacher, self.tokenizer = recipe, recipe.teacher, tokenizer
         options: HttpEngine = recipe.teacher.engine.options
@@ -72,7 +77,7 @@ class HttpTeacher:
         self.served = options.served_as or served_name(recipe.teacher.model)
         self.identity = model_identity(recipe)
         self.hosted = is_hosted(recipe.teacher.model, options.urls)
-        watch = Watch(self.served, self.hosted)
+        watch = Watch(self.served, self.hosted, memory, self.identity)
         self.client = Client(
             urls=options.urls,
             key=_key(options),
@@ -182,7 +187,7 @@ class HttpTeacher:
             finish=reply.finish,
             token_ids=reply.token_ids,
             prompt_tokens=_prompt_tokens(request) if prompt is None else prompt,
-            completion_tokens=self._length(text) if completion is None else completion,
+            completion_tokens=self._estimate(request, reply, text) if completion is None else completion,
             seconds=reply.seconds,
             model=reply.model or self.served,
             max_tokens=request.max_tokens,
@@ -207,10 +212,13 @@ class HttpTeacher:
         goes_on = raw or reply.finish == CUT or dict(TAGS)[opened] in text
         return opened + text if goes_on else text
 
-    def _length(self, text: str) -> int:
+    def _estimate(self, request: Request, reply: Reply, text: str) -> int:
+        """Tokens of an answer that the server did not count. They do not gainsay its word that the answer is whole."""
         if self.tokenizer is None:
-            return len(text) // 4
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            count = len(text) // 4
+        else:
+            count = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return min(count, request.max_tokens - 1) if reply.finish in ENDED else count
 
 
 def is_hosted(model: str, urls: Sequence[str]) -> bool:

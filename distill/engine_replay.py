@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.earlier_teacher import IDENTITY
 from data_prep.logit_cache import Sparse
-from distill.journal import IDENTITY, JOURNAL
+from distill.journal import JOURNAL
 from distill.journal_files import Records
 from distill.teachers import Completion, Request
 from recipes.errors import EngineError

@@ -98,7 +98,7 @@ class TransformersTeacher:
     @property
     def identity(self) -> dict[str, Any]:
         if self._identity is None:
-            from distill.identity import model_identity
+            from data_prep.identity import model_identity
 
             self._identity = model_identity(self.recipe)
         return self._identity

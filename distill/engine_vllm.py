@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.completions import completion_text
+from data_prep.identity import PLACE, model_identity, teacher_ref
 from data_prep.logit_cache import Sparse, join, scored_positions
 from data_prep.tokens import fetch
-from distill.identity import PLACE, model_identity, teacher_ref
 from distill.logits import sparse_from_topk
 from distill.teachers import CUT, Completion, Request
 from recipes.errors import EngineError, RecipeError

@@ -16,7 +16,9 @@ from typing import Any
 
 from data_prep.assemble import read_rows
 from data_prep.completions import split_thinking
+from data_prep.earlier_teacher import IDENTITY
 from data_prep.held_out import choose_rows
+from data_prep.identity import teacher_ref
 from data_prep.mask_pass import HELD_OUT
 from data_prep.pairing import load_teacher_tokenizer, require_pair
 from data_prep.prepare import Prepared, prepare
@@ -24,14 +26,15 @@ from data_prep.rows import Message, Row, before_answer
 from distill import answers, pairs, scoring
 from distill.answers import Work
 from distill.filters import Candidate, Judged, Verify, judge
-from distill.identity import teacher_ref
-from distill.journal import IDENTITY, JOURNAL, Journal
+from distill.http_watch import SERVED
+from distill.journal import JOURNAL, Journal
 from distill.meter import Meter
 from distill.rounds import Asked, Asker, Thread, going_on, student_row
 from distill.teachers import Completion, Teacher, identity_of, open_teacher
 from recipes.errors import EngineError, RecipeError
 from recipes.evidence import Asset
 from recipes.gate import examine
+from recipes.lineage import writing
 from recipes.presets import resolve
 from recipes.schema import Recipe
 from recipes.schema_teacher import Round
@@ -72,7 +75,7 @@ class Stage:
         if self.opened is None:
             assert self.recipe.teacher is not None
             self.say(f"starting the teacher: {self.recipe.teacher.model} ({self.recipe.teacher.engine.name})")
-            self.opened = open_teacher(self.recipe, self.tokenizer)
+            self.opened = open_teacher(self.recipe, self.tokenizer, self.folder / SERVED)
         return self.opened
 
     def answered(self, asked: Sequence[Asked], what: str) -> Iterator[tuple[Asked, Completion]]:
@@ -216,8 +219,10 @@ def _prompts(recipe: Recipe) -> Prepared:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as stream:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / ".lock").open("a")
+    with stream:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield

@@ -1,8 +1,7 @@
-"""What a server's replies say: answers, log-probabilities, and which model it is that speaks."""
+"""What a server's replies say: answers and log-probabilities."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.completions import TAGS
-from distill.http_errors import OPTIONS, Again, shown
+from distill.http_errors import OPTIONS, Again
 from distill.teachers import CUT
 from recipes.errors import EngineError
 
@@ -149,64 +148,3 @@ def read_scores(
     except (AttributeError, KeyError, TypeError, ValueError):
         raise Again("an entry of prompt_logprobs is none", endpoint_ill=True) from None
     return likeliest, log_probs, actual
-
-
-class Watch:
-    """What the servers say that they are, which must stay.
-
-    Args:
-        served: the name that is asked for.
-        hosted: whether a service serves it. Its fingerprints tell its machines apart and are not watched.
-    """
-
-    def __init__(self, served: str, hosted: bool) -> None:
-        self.served, self.hosted = served, hosted
-        self.said: dict[tuple[str, str], str] = {}  # (address, or "" for all; what) -> what it said first
-
-    def reply(self, url: str, reply: dict[str, Any]) -> None:
-        """
-        Raises:
-            EngineError: a reply comes from another model than the first one.
-        """
-        self._stays("", "model", reply.get("model"), url)
-        if not self.hosted:
-            self._stays(url, "system_fingerprint", reply.get("system_fingerprint"), url)
-
-    def listing(self, url: str, listing: Any) -> None:
-        """
-        Raises:
-            EngineError: the list of models lacks the one that is asked for, or it is another than before.
-        """
-        entries = listing.get("data", listing.get("models")) if isinstance(listing, dict) else listing
-        entries = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
-        by_name = {name: e for e in entries if isinstance(name := e.get("id", e.get("name")), str)}
-        if not by_name or all(_loads_on_demand(name, entry) for name, entry in by_name.items()):
-            return
-        aliases = (self.served, f"{self.served}:latest", f"models/{self.served}")  # Ollama's, Google's
-        entry = next((by_name[name] for name in aliases if name in by_name), None)
-        if entry is None:
-            names = sorted(by_name)
-            close = difflib.get_close_matches(self.served, names, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"it serves {', '.join(names[:8])}"
-            more = f" and {len(names) - 8} more" if len(names) > 8 and not close else ""
-            raise EngineError(
-                f"does not serve '{self.served}' ({hint}{more})", shown(url), f"set {OPTIONS}.served_as to its name"
-            )
-        for what in ("root", "max_model_len"):
-            self._stays(url, what, entry.get(what), url)
-
-    def _stays(self, whose: str, what: str, value: Any, url: str) -> None:
-        if value is None:
-            return
-        first = self.said.setdefault((whose, what), str(value))
-        if first != str(value):
-            raise EngineError(
-                f"the server is another one than before: {what} was '{first}' and is '{value}'",
-                shown(url),
-                "serve one model under one name during a run; answers of two teachers must not be mixed",
-            )
-
-
-def _loads_on_demand(name: str, entry: dict[str, Any]) -> bool:
-    """transformers serve lists what is in its cache, with the namespace as owner, and serves anything else too."""
-    return "owned_by" in entry and entry["owned_by"] == (name.split("/")[0] if "/" in name else "")

@@ -24,7 +24,6 @@ from recipes.lineage import cannot_write
 from recipes.locks import hold
 
 JOURNAL = "journal"  # folder inside a run's teacher/
-IDENTITY = "identity.json"  # beside it: the identity of the teacher that wrote it
 AHEAD = 256  # answers that the engine may be ahead of the disk
 PATIENCE = 10.0  # seconds that an engine is waited for when nobody wants its answers any more
 

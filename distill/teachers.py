@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.logit_cache import Sparse
@@ -15,6 +16,7 @@ from recipes.schema import Recipe
 
 Message = dict[str, Any]
 CUT = "length"  # finish reason of an answer that max_tokens ended
+ENDED = {"stop", "tool_calls"}  # those of a whole one
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,15 @@ class Completion:
 
     @property
     def truncated(self) -> bool:
-        """Cut, by the finish reason or, where that is silent or wrong, by the count."""
-        ended = self.finish in {"stop", "tool_calls"}
-        return self.finish == CUT or (not ended and self.completion_tokens >= self.max_tokens)
+        """Cut, by the finish reason or, where that is silent or wrong, by the count.
+
+        An answer of just max_tokens may have come to its end with the last of them. An engine that shows the tokens
+        knows; a server that shows none is not believed, for some say `stop` of every answer.
+        """
+        if self.finish == CUT or self.completion_tokens > self.max_tokens:
+            return True
+        known = self.finish in ENDED and self.token_ids is not None
+        return self.completion_tokens == self.max_tokens and not known
 
 
 class Teacher(Protocol):
@@ -116,16 +124,17 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
         from distill.engine_replay import ReplayTeacher
 
         return ReplayTeacher(recipe).identity
-    from distill.identity import model_identity
+    from data_prep.identity import model_identity
 
     return model_identity(recipe)
 
 
-def open_teacher(recipe: Recipe, tokenizer: Any | None) -> Teacher:
+def open_teacher(recipe: Recipe, tokenizer: Any | None, memory: Path | None = None) -> Teacher:
     """The engine that the recipe names, ready to answer.
 
     Args:
         tokenizer: the teacher's (transformers), where it is at hand.
+        memory: a file for what a server says that it serves, which must not change from one session to the next.
 
     Raises:
         EngineError: it cannot be started or reached. RecipeError: the model cannot be loaded.
@@ -143,7 +152,7 @@ def open_teacher(recipe: Recipe, tokenizer: Any | None) -> Teacher:
     if name == "http":
         from distill.engine_http import HttpTeacher
 
-        return HttpTeacher(recipe, tokenizer)
+        return HttpTeacher(recipe, tokenizer, memory)
     from distill.engine_replay import ReplayTeacher
 
     return ReplayTeacher(recipe)

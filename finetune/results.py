@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_prep.earlier_teacher import teacher_parent
 from data_prep.prepare import Prepared
 from data_prep.tokens import Tokenizer, fetch
 from finetune import distributed, evals
@@ -148,7 +149,10 @@ def finish(
             *([_earlier_run(recipe.model.run)] if recipe.model.run else []),
             *prepared.manifest["inputs"],
         ],
-        "parents": [{"role": "base", "ref": str(recipe.model.ref), "manifest": parent}] if parent else [],
+        "parents": [
+            *([{"role": "base", "ref": str(recipe.model.ref), "manifest": parent}] if parent else []),
+            *([teacher_parent(recipe)] if recipe.teacher is not None else []),
+        ],
         "code": code_state(),
         "packages": packages(),
         "environment": environment(device.name),

@@ -69,17 +69,14 @@ class Endpoint:
 def endpoint_of(options: Judge, place: str | None = None) -> Endpoint:
     """
     Raises:
-        RecipeError: the address is none of the web, or the key's environment variable is not set.
+        RecipeError: the key's environment variable is not set.
     """
-    parts = urlsplit(options.url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise RecipeError(f"'{options.url}' is no address of an endpoint", place, "such as http://127.0.0.1:8000/v1")
     key = os.environ.get(options.api_key_env, "").strip() if options.api_key_env else None
     if key == "":
         raise RecipeError(
             f"the environment variable {options.api_key_env} is not set", place, "it holds the judge's key"
         )
-    return Endpoint(options.url.rstrip("/") + "/chat/completions", served_name(options.model), key, options.seconds)
+    return Endpoint(options.url + "/chat/completions", served_name(options.model), key, options.seconds)
 
 
 def judge(samples: Sequence[Sample], options: Judge, endpoint: Endpoint) -> list[float | None]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from recipes.no_keys import Further
 from recipes.refs import Ref, parse_ref, path_of
 from recipes.schema_data import Data
 from recipes.schema_method import METHODS, MODES, SFT, Method
@@ -216,7 +217,7 @@ class Train(Section):
     keep_checkpoints: Count = Field(2, description="older checkpoints are deleted")
     copy_checkpoints: PathText | None = Field(None, description="a folder, on another disk, that gets a copy of each")
     log_every: Count = Field(1, description="steps between log lines")
-    extra: dict[Text, Any] = Field(
+    extra: Further = Field(
         default_factory=dict, description="further fields of TRL's config class of the method, checked against it"
     )
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from recipes.no_keys import Address
 from recipes.schema_rewards import RewardTerm
-from recipes.sections import Bool, Count, Float, Int, Section, Text
+from recipes.sections import Bool, Count, Float, Int, Section
 
 RowKind = Literal["chat", "text", "preference", "labelled", "prompt"]
 Positive = Annotated[Float, Field(gt=0)]
@@ -126,7 +127,9 @@ class VLLM(Section):
     """Completions by vLLM."""
 
     mode: Literal["colocate", "server"] = Field("colocate", description="in the training process, or a running server")
-    url: Text | None = Field(None, description="server: where `trl vllm-serve` listens, such as http://127.0.0.1:8000")
+    url: Address | None = Field(
+        None, description="server: where `trl vllm-serve` listens, such as http://127.0.0.1:8000"
+    )
     memory: Annotated[Float, Field(gt=0, lt=1)] = Field(0.3, description="colocate: share of the card for vLLM")
     sleep: Bool = Field(True, description="colocate: give the memory back while the weights are trained")
     tensor_parallel: Count = Field(1, description="colocate: cards that share one copy of the model")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from recipes.no_keys import Address, Variable
 from recipes.sections import Bool, Count, Float, Named, Section, Text
 
 
@@ -113,8 +114,8 @@ class Judge(_Reward):
     """A mark from a language model behind an OpenAI-compatible endpoint, scaled to 0..1."""
 
     model: Text = Field(description="the judge, as the licence gate knows it: org/name, or a service: openai:gpt-4o")
-    url: Text = Field(description="base of the endpoint, such as http://127.0.0.1:8000/v1")
-    api_key_env: Text | None = Field(None, description="environment variable with the key")
+    url: Address = Field(description="base of the endpoint, such as http://127.0.0.1:8000/v1")
+    api_key_env: Variable | None = Field(None, description="environment variable with the key")
     prompt: Text | None = Field(
         None, description="own wording with {prompt}, {completion} and {reference} places; it must ask for a number"
     )

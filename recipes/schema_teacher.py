@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from recipes.no_keys import Address, Further, Variable
 from recipes.schema_rewards import RewardTerm, regular_expression
 from recipes.sections import Bool, Count, Float, Fraction, Int, ModelRefText, Named, PathText, Section, Text
 
@@ -45,33 +46,26 @@ class VllmEngine(Section):
     memory: Annotated[Float, Field(gt=0, lt=1)] = Field(0.9, description="share of each card")
     max_model_len: Count | None = Field(None, description="longest prompt and answer together; default the model's")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the weights")
-    extra: dict[Text, Any] = Field(default_factory=dict, description="further arguments of vllm.LLM")
+    extra: Further = Field(default_factory=dict, description="further arguments of vllm.LLM")
 
 
 class HttpEngine(Section):
     """The teacher behind OpenAI-compatible servers (vLLM, SGLang, TGI, llama.cpp, Ollama, hosted ones)."""
 
-    urls: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
+    urls: Annotated[tuple[Address, ...], Field(min_length=1)] = Field(
         description="bases of the endpoints, such as [http://127.0.0.1:8000/v1]; they share the work"
     )
     served_as: Text | None = Field(None, description="the model's name at the server; default as teacher.model says")
     api: Literal["chat", "completions"] = Field(
         "chat", description="completions: the prompt as token ids, rendered here; the server must take them (vLLM does)"
     )
-    api_key_env: Text | None = Field(None, description="environment variable with the key; it is written nowhere")
+    api_key_env: Variable | None = Field(None, description="environment variable with the key; it is written nowhere")
     parallel: Count = Field(32, description="requests at a time, at each endpoint")
     requests_per_minute: Count | None = Field(None, description="over all endpoints")
     tokens_per_minute: Count | None = Field(None, description="prompt and answer, over all endpoints")
     seconds: Positive = Field(600.0, description="for one answer")
     retries: Annotated[Int, Field(ge=0)] = Field(8, description="tries after the first, with growing pauses")
-    extra_body: dict[Text, Any] = Field(default_factory=dict, description="further fields of every request")
-
-    @field_validator("urls")
-    @classmethod
-    def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [url for url in value if not re.match(r"https?://[^/\s]+", url)]:
-            raise ValueError(f"'{wrong[0]}' is no address of an endpoint; such as http://127.0.0.1:8000/v1")
-        return tuple(url.rstrip("/") for url in value)
+    extra_body: Further = Field(default_factory=dict, description="further fields of every request; no keys")
 
 
 class ReplayEngine(Section):

@@ -15,6 +15,7 @@ TEACHER = "teacher"  # of a run directory: what the teacher wrote
 PROMPTS = "prompts"  # prepared prompts, the teacher's input; the student's rows are in data/, as in any run
 LOGITS = "logits"
 PROMPT = "_prompt"  # column of a row: the id of the prepared prompt that it came from
+ANSWERS_BY = ("quantization", "hf_overrides", "served_as", "extra_body")
 ROWS = ("rows", "heldout")  # folders inside TEACHER: the student's training rows, and its held-out ones
 
 
@@ -93,9 +94,18 @@ def require_taught(recipe: Recipe) -> None:
 def decides(resolved: dict[str, Any]) -> dict[str, Any]:
     """Of a resolved recipe what decides the teacher's rows, by key path."""
     teacher, method = dict(resolved.get("teacher") or {}), resolved.get("method") or {}
-    for only_how in ("price", "engine"):
-        teacher.pop(only_how, None)
+    engine = teacher.pop("engine", None) or {}
+    teacher.pop("price", None)
     found = {f"teacher.{key}": value for key, value in teacher.items()}
+    found |= {f"teacher.engine.{key}": answers_by(engine).get(key) for key in ANSWERS_BY}
     found |= {f"data.{key}": value for key, value in (resolved.get("data") or {}).items()}
     found |= {f"method.{key}": method.get(key) for key in ("type", "mode", "answers", "pairs", "student_samples")}
     return {**found, "seed": resolved.get("seed"), "model.base": (resolved.get("model") or {}).get("base")}
+
+
+def answers_by(engine: dict[str, Any]) -> dict[str, Any]:
+    """Of a resolved `teacher.engine` what makes another teacher of the same weights: rounded weights, another name at
+    the server, further fields of its requests. All else is only how it is run. A replay is what was recorded."""
+    options = next(iter(engine.values()), None) or {}
+    options = {**(options.get("extra") or {}), **options}  # vLLM's own arguments
+    return {key: options[key] for key in ANSWERS_BY if options.get(key) not in (None, "none", {})}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from conftest import CHATML, build_model
 
+from data_prep.earlier_teacher import changed_teacher, teacher_parent, teachers_of
 from data_prep.pairing import (
-    changed_teacher,
     end_tokens,
     larger,
     load_teacher_tokenizer,
@@ -21,7 +21,6 @@ from data_prep.pairing import (
     same_end,
     same_prompt,
     same_tokens,
-    teacher_of,
 )
 from data_prep.tokens import load_tokenizer
 from recipes.errors import RecipeError
@@ -246,7 +245,56 @@ def test_another_teacher_than_before_is_doubted(pair: Callable[..., Recipe], tin
     assert recipe.teacher is not None
     same = recipe.teacher.model_copy(update={"model": "org/first@abc"})
     assert changed_teacher(recipe.model_copy(update={"teacher": same})) is None
-    assert changed_teacher(pair()) is None and teacher_of({}) is None
+    assert changed_teacher(pair()) is None and teachers_of({}) == {}
+
+
+def continues(recipe: Recipe, run: Path, manifest: dict[str, Any], teacher: str | None = None) -> str | None:
+    """The doubt of a recipe that goes on from a run with this manifest, by another spelling of its teacher if given."""
+    run.mkdir(exist_ok=True)
+    write_manifest(run, {"kind": "run", **manifest})
+    assert recipe.teacher is not None
+    named = recipe.teacher.model_copy(update={"model": teacher or recipe.teacher.model})
+    model = recipe.model.model_copy(update={"run": str(run)})
+    return changed_teacher(recipe.model_copy(update={"teacher": named, "model": model}))
+
+
+def test_the_same_folder_with_other_weights_is_another_teacher(pair: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe, run, folder = pair(), tmp_path / "first", tmp_path / "teacher"
+    first = {"recipe": recipe.resolved(), "parents": [teacher_parent(recipe)]}
+    assert set(first["parents"][0]["identity"]) == {"sha256"}
+    assert continues(recipe, run, first) is None
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert continues(recipe, run, first, str(moved)) is None  # the same weights elsewhere
+    with (folder / "model.safetensors").open("ab") as stream:
+        stream.write(b" ")
+    assert continues(recipe, run, first) == f"the student learnt from {folder} in {run}, which has other weights now"
+    assert continues(recipe, run, first, str(moved)) is None
+
+
+def test_a_folder_is_the_same_however_it_is_written(pair: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe, run = pair(), tmp_path / "first"
+    (tmp_path / "link").symlink_to(tmp_path / "teacher")
+    for spelling in (f"{tmp_path}/first/../teacher", f"{tmp_path}/link", f"{tmp_path}/teacher/"):
+        assert continues(recipe, run, {"recipe": {"teacher": {"model": spelling}}}) is None
+
+
+@pytest.mark.parametrize("where", ["parents", "generators", "rows"])
+def test_a_run_without_a_teacher_of_its_own_may_have_learnt_from_one(
+    pair: Callable[..., Recipe], tmp_path: Path, where: str
+) -> None:
+    recipe, run, rows = pair(), tmp_path / "first", tmp_path / "rows"
+    for name, same in (("org/first", False), (str(tmp_path / "teacher"), True)):
+        parents = [{"role": "base", "ref": "embedded:tiny"}, {"role": "teacher", "ref": name}]
+        rows.mkdir(exist_ok=True)
+        write_manifest(rows, {"kind": "data", "parents": parents})
+        given = {
+            "parents": {"parents": parents},
+            "generators": {"generators": {name: 24}},
+            "rows": {"inputs": [{"role": "eval", "ref": "x"}, {"role": "data", "ref": str(rows)}]},
+        }[where]
+        doubt = continues(recipe, run, {"recipe": {"teacher": None}, **given})
+        wanted = f"the student learnt from org/first in {run}, and now from {tmp_path / 'teacher'}"
+        assert doubt == (None if same else wanted)
 
 
 def test_a_service_has_no_tokenizer_unless_the_mode_needs_one(pair: Callable[..., Recipe], tiny_model: Path) -> None:

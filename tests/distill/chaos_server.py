@@ -82,6 +82,29 @@ def some(share: float, *replies: Any, seed: int = 0) -> Mischief:
     return mischief
 
 
+_LIMITS = {"Retry-After": "0.1"}
+# What may befall requests, and options of the engine with it: the result is the undisturbed one all the same.
+DISTURBANCES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "errors": (some(0.3, Status(500), Status(502, "<html>Bad gateway</html>"), Status(503)), {}),
+    "refusals": (some(0.3, Status(429), Status(408), Status(409), Status(425)), {}),
+    "no reply": (some(0.15, Hang()), {"seconds": 0.4}),
+    "no JSON": (some(0.3, Raw(b"{"), Raw(b""), Raw(b"\xff\xfe"), Raw(b"[1]"), Raw(b'"text"')), {}),
+    "half a body": (some(0.3, Raw(b'{"choices": [{"mess', missing=40)), {}),
+    "no choices": (some(0.3, Changed({"choices": []}), Changed({"choices": 1}), Changed({}, {"message": None})), {}),
+    "errors in replies": (some(0.3, Changed({"error": {"message": "overloaded"}, "model": "gateway"})), {}),
+    "broken off": (some(0.3, Changed({}, {"finish_reason": "abort"}, {"content": "the co"})), {}),
+    "out of order": (some(1.0, *(Late(x / 100) for x in range(12))), {}),
+    "asked to wait": (some(0.1, Status(429, headers=_LIMITS), Status(503, headers=_LIMITS)), {}),
+    "late twins": (some(0.1, Late(0.8)), {"seconds": 0.4}),  # the server answers twice, the first time to nobody
+    "everything": (
+        some(
+            0.4, Status(500), Status(429), Raw(b"{"), Raw(b"{", missing=9), Hang(), Late(0.1), Changed({"choices": 1})
+        ),
+        {"seconds": 0.4},
+    ),
+}
+
+
 def answer_to(prompt: Any, most: int) -> tuple[list[int], str, str]:
     """Token ids, text and finish reason: 1 to 24 words that follow from the prompt, cut after `most`."""
     draw = random.Random(hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest())

@@ -313,6 +313,33 @@ def test_tool_calls_and_silent_servers(serve: Callable[..., ChaosServer]) -> Non
     assert completion.prompt_tokens == len(json.dumps([requests(1)[0].messages, []], ensure_ascii=False)) // 4
 
 
+@pytest.mark.parametrize(
+    ("finish", "tokens", "ids", "cut"),
+    [
+        ("stop", 64, False, True),  # whatever the server says
+        ("stop", 64, True, True),
+        ("tool_calls", 64, False, True),
+        ("stop", 32, False, True),  # as some say of every answer
+        ("stop", 32, True, False),  # the end token was the last that found room
+        ("length", 32, True, True),
+        ("length", 5, False, True),
+        ("stop", 31, False, False),
+        (None, 31, False, False),
+        (None, 32, True, True),
+        ("stop", None, False, False),  # not counted: some 40 by the characters, which proves nothing
+        (None, None, False, True),
+    ],
+)
+def test_an_answer_that_is_cut(
+    serve: Callable[..., ChaosServer], finish: str | None, tokens: int | None, ids: bool, cut: bool
+) -> None:
+    choice = {"finish_reason": finish, "token_ids": list(range(tokens or 0)) if ids else None}
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens}
+    said = Changed(reply={"usage": usage}, choice=choice, message={"content": "word " * 32})
+    [completion] = teacher_at(serve(mischief=lambda *_: said).url).generate(requests(1, max_tokens=32))
+    assert completion.truncated == cut
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     from transformers import AutoTokenizer

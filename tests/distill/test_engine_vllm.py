@@ -26,8 +26,8 @@ from real_teachers import (
 )
 from servers import vllm_environment, vllm_python
 
+from data_prep.identity import model_identity
 from distill.engine_vllm import VllmTeacher
-from distill.identity import model_identity
 from recipes.errors import EngineError, RecipeError
 
 

@@ -35,6 +35,11 @@ def test_rows_figures_and_manifests_and_a_rerun_that_asks_nothing(tmp_path: Path
     recorded = read_journal(folder / "journal")
     assert {row["_gen"] for row in rows} <= set(recorded) and len(recorded) == stats["completions"]
     assert sum(c.completion_tokens for c in recorded.values()) == stats["completion_tokens"]
+    identity = json.loads((folder / "identity.json").read_text())
+    for made in (folder, folder / "rows"):
+        manifest = read_manifest(made)
+        assert manifest is not None and len(identity["sha256"]) == 64
+        assert manifest["parents"] == [{"role": "teacher", "ref": "embedded:tiny-teacher", "identity": identity}]
     assert verify(folder) == verify(folder / "rows") == verify(folder / "heldout") == []
     assert any("greedy" in line for line in said)
     # The held-out rows keep their own answers; the teacher's stand beside them.
@@ -151,6 +156,17 @@ def test_training_waits_for_the_teacher_and_notices_another_recipe(tmp_path: Pat
     with pytest.raises(EngineError, match=r"teacher\.filters changed"):
         require_taught(load_recipe(path, ["teacher.filters=[empty]"]))
     require_taught(load_recipe(path, ["train.learning_rate=0.001", "teacher.price={hour: 2.0}"]))
+    server = "urls: ['http://127.0.0.1:9/v1']"
+    for same in ("transformers: {batch_size: 2}", "vllm: {memory: 0.5}", f"http: {{{server}, parallel: 2}}"):
+        require_taught(load_recipe(path, [f"teacher.engine={{{same}}}"]))
+    for other, key in {
+        "transformers: {quantization: nf4}": "quantization",
+        "vllm: {extra: {quantization: fp8}}": "quantization",
+        f"http: {{{server}, served_as: another}}": "served_as",
+        f"http: {{{server}, extra_body: {{min_tokens: 9}}}}": "extra_body",
+    }.items():
+        with pytest.raises(EngineError, match=rf"made by another recipe \(teacher\.engine\.{key} changed\)"):
+            require_taught(load_recipe(path, [f"teacher.engine={{{other}}}"]))
     student = student_recipe(recipe, recipe.run_dir)
     assert student.method.type == "sft" and str(student.data.train[0]).endswith("teacher/rows")
     # Whoever uses the rows elsewhere inherits their lineage.
@@ -192,6 +208,7 @@ def test_a_student_of_every_mode_trains_from_the_command_line(mode: str, tmp_pat
     run = tmp_path / "run"
     manifest = read_manifest(run)
     assert manifest is not None and manifest["recipe"]["method"]["mode"] == mode
+    assert any(parent["role"] == "teacher" and "sha256" in parent["identity"] for parent in manifest["parents"])
     assert verify(run) == []
     if mode != "preference":
         evaluation = json.loads((run / "eval.json").read_text())

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from chaos_server import (
+    DISTURBANCES,
     Changed,
     ChaosServer,
     Hang,
     Late,
-    Raw,
     Status,
     expected,
     no_thread_left,
@@ -22,7 +22,6 @@ from chaos_server import (
     results,
     servers,
     shorten_pauses,
-    some,
     summary,
     teacher_at,
 )
@@ -41,28 +40,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def serve() -> Iterator[Callable[..., ChaosServer]]:
     yield from servers()
-
-
-LIMITS = {"Retry-After": "0.1"}
-DISTURBANCES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "errors": (some(0.3, Status(500), Status(502, "<html>Bad gateway</html>"), Status(503)), {}),
-    "refusals": (some(0.3, Status(429), Status(408), Status(409), Status(425)), {}),
-    "no reply": (some(0.15, Hang()), {"seconds": 0.4}),
-    "no JSON": (some(0.3, Raw(b"{"), Raw(b""), Raw(b"\xff\xfe"), Raw(b"[1]"), Raw(b'"text"')), {}),
-    "half a body": (some(0.3, Raw(b'{"choices": [{"mess', missing=40)), {}),
-    "no choices": (some(0.3, Changed({"choices": []}), Changed({"choices": 1}), Changed({}, {"message": None})), {}),
-    "errors in replies": (some(0.3, Changed({"error": {"message": "overloaded"}, "model": "gateway"})), {}),
-    "broken off": (some(0.3, Changed({}, {"finish_reason": "abort"}, {"content": "the co"})), {}),
-    "out of order": (some(1.0, *(Late(x / 100) for x in range(12))), {}),
-    "asked to wait": (some(0.1, Status(429, headers=LIMITS), Status(503, headers=LIMITS)), {}),
-    "late twins": (some(0.1, Late(0.8)), {"seconds": 0.4}),  # the server answers twice, the first time to nobody
-    "everything": (
-        some(
-            0.4, Status(500), Status(429), Raw(b"{"), Raw(b"{", missing=9), Hang(), Late(0.1), Changed({"choices": 1})
-        ),
-        {"seconds": 0.4},
-    ),
-}
 
 
 @pytest.mark.parametrize("name", DISTURBANCES)

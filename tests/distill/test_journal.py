@@ -29,9 +29,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.earlier_teacher import IDENTITY
 from data_prep.logit_cache import Sparse
 from distill.engine_replay import ReplayTeacher
-from distill.journal import AHEAD, IDENTITY, JOURNAL, Journal, read_journal
+from distill.journal import AHEAD, JOURNAL, Journal, read_journal
 from distill.journal_files import encode
 from distill.teachers import Completion, Request
 from recipes.errors import DataError, EngineError, RetortError
@@ -472,7 +473,7 @@ def test_two_shards_copied_together_are_one_journal(tmp_path: Path) -> None:
 
 def test_of_several_answers_the_whole_then_the_longest_then_the_first_is_taken(tmp_path: Path) -> None:
     def said(text: str, finish: str, limit: int) -> Completion:
-        return Completion("k", text, finish, None, 1, limit, 0.5, "m", limit)
+        return Completion("k", text, finish, None, 1, limit if finish == "length" else 1, 0.5, "m", limit)
 
     def best_of(*files: list[Completion]) -> str:
         folder = tmp_path / "several"

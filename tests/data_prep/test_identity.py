@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from real_teachers import MODEL, recipe_for
 
-from distill.identity import model_identity
+from data_prep.identity import model_identity
 from recipes.errors import RecipeError
+from recipes.refs import EMBEDDED
+from recipes.schema import Recipe
 
+MODEL = EMBEDDED / "tiny-teacher"
 SERVER = {"http": {"urls": ["http://127.0.0.1:1/v1"]}}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def recipe_for(engine: Any, model: str = "embedded:tiny-teacher") -> Recipe:
+    content = {
+        "name": "t",
+        "model": {"base": "embedded:tiny"},
+        "data": {"train": [{"embedded": "legal"}]},
+        "method": "distill",
+        "teacher": {"model": model, "engine": engine},
+    }
+    return Recipe.model_validate(content)
 
 
 @pytest.fixture
@@ -40,6 +54,8 @@ def test_what_decides_answers_decides_the_identity(copy: Path, name: str) -> Non
 def test_rounded_weights_and_further_fields_are_another_teacher() -> None:
     whole = model_identity(recipe_for("transformers"))
     assert model_identity(recipe_for({"transformers": {"quantization": "nf4"}})) == {**whole, "quantization": "nf4"}
+    for extra in ({"quantization": "fp8"}, {"hf_overrides": {"rope_theta": 1e6}}):
+        assert model_identity(recipe_for({"vllm": {"extra": {**extra, "enforce_eager": True}}})) == {**whole, **extra}
     asked = {"http": {**SERVER["http"], "extra_body": {"guided_regex": "a+"}}}
     assert model_identity(recipe_for(asked)) == {**whole, "extra_body": {"guided_regex": "a+"}}
 

@@ -16,6 +16,7 @@ from recipes.papers import COMMIT, cached
 from recipes.refs import Ref, parse_ref, require_model_folder
 from recipes.schema import Recipe
 from recipes.schema_teacher import Teacher
+from recipes.student import answers_by
 
 PLACE = "teacher.model"
 _DECIDES = {".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt"}  # a README answers nothing
@@ -32,15 +33,15 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
     can tell it, for what the local cache holds says nothing of what is served. A service is its name.
 
     Returns:
-        `sha256`, or `model` and where it is known `commit`; and what of the engine's options changes the answers:
-        `quantization` where the weights are rounded, `served_as` and `extra_body` of a server's requests.
+        `sha256`, or `model` and where it is known `commit`; and what of the engine's options makes another teacher
+        (`recipes.student.answers_by`).
 
     Raises:
         RecipeError: the folder is missing or no model, or the repository cannot be reached.
     """
     teacher = recipe.teacher
     assert teacher is not None
-    return {**_weights(teacher), **_options(teacher)}
+    return {**_weights(teacher), **answers_by(teacher.engine.model_dump(mode="json", by_alias=True))}
 
 
 def teacher_ref(text: str) -> Ref | None:
@@ -64,17 +65,6 @@ def _weights(teacher: Teacher) -> dict[str, Any]:
         return {"model": str(ref)}
     snapshot = cached(ref.name, ref.revision) or fetch(ref, False, PLACE)
     return {"model": ref.name, "commit": snapshot.name}
-
-
-def _options(teacher: Teacher) -> dict[str, Any]:
-    options = teacher.engine.options
-    found = {}
-    if (rounded := getattr(options, "quantization", "none")) != "none":
-        found["quantization"] = rounded
-    for name in ("served_as", "extra_body"):
-        if value := getattr(options, name, None):
-            found[name] = value
-    return found
 
 
 def _is_model(path: Path | None) -> bool:
