@@ -2,7 +2,7 @@
 
 Files in `teacher/`: `rows/` and `heldout/` (JSON Lines, sources of the student's preparation, each with a manifest),
 `answers.jsonl` (the teacher's own answers to held-out prompts), `rejected.jsonl`, `stats.json` (stable), `summary.json`
-(for the report), `sessions.jsonl` (what each call of the stage did), `journal/`, `identity.json`, and the manifest.
+(for the report), `sessions.jsonl` (the time of each call of the stage), `journal/`, `identity.json`, and the manifest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from data_prep.rows import Message, Row
 from distill.filters import Candidate, Judged
 from distill.journal import JOURNAL
+from distill.journal_files import Paid
 from recipes.evidence import Asset, to_record
 from recipes.gate import Verdict
 from recipes.lineage import (
@@ -213,18 +214,26 @@ def statistics(work: Work, judged: Judged, calls_made: int, from_journal: int) -
     }
 
 
-def summary(
-    recipe: Recipe, work: Work, judged: Judged, sampling: str, sessions: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """summary.json: what the report shows of the teacher's work."""
+def costs(recipe: Recipe, paid: Paid, seconds: float) -> dict[str, Any]:
+    """What the teacher's work took in all, for stats.json: with answers that were asked for again with a larger limit
+    or are wanted no more, since they were paid for.
+
+    Args:
+        seconds: of all sessions.
+    """
+    assert recipe.teacher is not None
+    price, cost = recipe.teacher.price, None
+    if price is not None:
+        cost = (paid.prompt_tokens * price.prompt + paid.completion_tokens * price.completion) / 1e6
+        cost += seconds / 3600 * price.hour
+    return {"paid": asdict(paid), "seconds": round(seconds, 3), "cost": cost}
+
+
+def summary(recipe: Recipe, work: Work, judged: Judged, sampling: str) -> dict[str, Any]:
+    """summary.json: what the report shows of the teacher's work. What it cost is known later, and is in stats.json."""
     assert recipe.teacher is not None
     judged_all = [*judged.kept, *(c for c, _, _ in judged.rejected)]
-    seconds = sum(float(s["seconds"]) for s in sessions)
     price = recipe.teacher.price
-    cost = None
-    if price is not None:
-        cost = (work.prompt_tokens * price.prompt + work.completion_tokens * price.completion) / 1e6
-        cost += seconds / 3600 * price.hour
     return {
         "teacher": recipe.teacher.model,
         "engine": recipe.teacher.engine.name,
@@ -237,9 +246,7 @@ def summary(
         "rejected": dict(sorted(judged.rejected_counts.items())),
         "prompt_tokens": work.prompt_tokens,
         "completion_tokens": work.completion_tokens,
-        "seconds": seconds,
         "journal_bytes": sum(p.stat().st_size for p in (recipe.run_dir / TEACHER / JOURNAL).glob("*.jsonl")),
-        "cost": cost,
         "currency": price.currency if price is not None else None,
         "scores": _mean([c.score for c in judged_all if c.score is not None]),
         "lengths": {
@@ -284,24 +291,6 @@ def histogram(values: Sequence[int]) -> dict[str, list[float]]:
     bars = min(BARS, max(values) - min(values) + 1)
     counts, edges = np.histogram(values, bars)
     return {"counts": counts.tolist(), "edges": edges.tolist()}
-
-
-def add_session(folder: Path, entry: dict[str, Any]) -> None:
-    """One line more, in one write: shards on other machines add theirs to the same file."""
-    with (folder / "sessions.jsonl").open("a", encoding="utf-8") as out:
-        out.write(json.dumps(entry) + "\n")
-
-
-def read_sessions(folder: Path) -> list[dict[str, Any]]:
-    """Sessions of the stage so far, a torn last line left out."""
-    path = folder / "sessions.jsonl"
-    found = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def finish(

@@ -10,7 +10,6 @@ import fcntl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from distill.identity import teacher_ref
 from distill.journal import IDENTITY, JOURNAL, Journal
 from distill.meter import Meter
 from distill.rounds import Asked, Asker, Thread, going_on, student_row
+from distill.sessions import Session, seconds_of
 from distill.teachers import Completion, Teacher, identity_of, open_teacher
 from recipes.errors import EngineError, RecipeError
 from recipes.evidence import Asset
@@ -60,8 +60,11 @@ class Stage:
     work: Work = field(default_factory=Work)
     opened: Teacher | None = None
     captured: scoring.Capture | None = None
-    began: datetime = field(default_factory=lambda: datetime.now(UTC))
-    noted: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.recipe.teacher is not None
+        engine = self.recipe.teacher.engine.name
+        self.session = Session(self.folder, engine, self.shard, lambda: self.journal.calls_made)
 
     @property
     def folder(self) -> Path:
@@ -70,6 +73,7 @@ class Stage:
     def engine(self) -> Teacher:
         if self.opened is None:
             assert self.recipe.teacher is not None
+            self.session.start()
             self.say(f"starting the teacher: {self.recipe.teacher.model} ({self.recipe.teacher.engine.name})")
             self.opened = open_teacher(self.recipe, self.tokenizer)
         return self.opened
@@ -90,29 +94,18 @@ class Stage:
         for one in asked:
             yield one, found[one.request.key]
 
-    def note_session(self) -> None:
-        """Write down what asking the teacher took, once."""
-        if self.journal.calls_made and not self.noted:
-            assert self.recipe.teacher is not None
-            entry = {
-                "began": self.began.isoformat(timespec="seconds"),
-                "seconds": round((datetime.now(UTC) - self.began).total_seconds(), 3),
-                "calls": self.journal.calls_made,
-                "engine": self.recipe.teacher.engine.name,
-                "shard": list(self.shard),
-            }
-            answers.add_session(self.folder, entry)
-            self.noted = True
-
     def stop_capturing(self) -> None:
         if self.captured is not None:
             self.captured.close()
         self.captured = None
 
     def close(self) -> None:
-        self.stop_capturing()
-        if self.opened is not None:
-            self.opened.close()
+        try:
+            self.stop_capturing()
+            if self.opened is not None:
+                self.opened.close()
+        finally:
+            self.session.close()
 
 
 def generate(recipe: Recipe, verify: Verify | None = None, shard: Shard = (1, 1), say: Say = print) -> dict[str, Any]:
@@ -159,7 +152,9 @@ def generate(recipe: Recipe, verify: Verify | None = None, shard: Shard = (1, 1)
             for note in getattr(stage.opened, "notes", ()):
                 say(f"note: {note}")
             stage.close()
-            stage.note_session()
+        if shard == (1, 1):
+            stats |= answers.costs(recipe, journal.paid, seconds_of(folder))
+            answers.write_json(folder / "stats.json", stats)
     return stats
 
 
@@ -195,12 +190,10 @@ def _run(
             scoring.score_rows(stage, verdict)
         return stats
     if waits(recipe):
-        stage.note_session()
-        sessions = answers.read_sessions(folder)
-        answers.write_json(folder / "summary.json", answers.summary(recipe, stage.work, judged, words, sessions))
+        answers.write_json(folder / "summary.json", answers.summary(recipe, stage.work, judged, words))
         rejects = [answers.reject_line(*item) for item in judged.rejected]
         answers.write_lines(folder / "rejected.jsonl", [*rejects, *stage.work.rejected_early])
-    answers.write_json(folder / "stats.json", stats)
+    answers.write_json(folder / "stats.json", stats)  # written again with its costs when the last row is scored
     answers.finish(folder, recipe, verdict, assets, prompts.folder, stats)
     if scored(recipe):
         scoring.score_rows(stage, verdict)

@@ -25,7 +25,7 @@ def test_rows_figures_and_manifests_and_a_rerun_that_asks_nothing(tmp_path: Path
     path = recipe_file(tmp_path)
     recipe, stats, said = taught(path)
     folder = recipe.run_dir / "teacher"
-    assert list(stats) == [*STATS, "kept", "rejected"]
+    assert list(stats) == [*STATS, "kept", "rejected", "paid", "seconds", "cost"]
     assert stats["requests"] == stats["calls_made"] == stats["completions"] == PROMPTS + HELD_OUT
     assert json.loads((folder / "stats.json").read_text()) == stats
     rows = rows_of(recipe)
