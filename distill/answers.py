@@ -36,7 +36,7 @@ from recipes.lineage import (
     write_manifest,
 )
 from recipes.schema import Recipe
-from recipes.student import PROMPT, ROWS, TEACHER, decides
+from recipes.student import PROMPT, REFERENCE, ROWS, TEACHER, decides
 
 SHARD_ROWS = 50_000
 SHOWN = 20  # samples and rejects that the report shows
@@ -114,10 +114,12 @@ def pair(row: Row, chosen: Message, rejected: Message, teacher: str, key: str) -
     }
 
 
-def held_out_row(row: Row, answer: Message) -> dict[str, Any]:
-    """A held-out row of the student: with the row's own answer where it has one, else with the teacher's."""
+def held_out_row(row: Row, answer: Message, reference: str) -> dict[str, Any]:
+    """A held-out row of the student. Its loss is that of the teacher's answer, the kind of text that the student trains
+    on; its own answer is compared with the reference."""
     tools = {"tools": list(row.tools)} if row.tools else {}
-    return {"messages": [*row.messages, answer], **tools, "group": row.group, PROMPT: row.extra.get(PROMPT)}
+    known = {"group": row.group, PROMPT: row.extra.get(PROMPT), REFERENCE: reference}
+    return {"messages": [*row.messages, answer], **tools, **known}
 
 
 def write_rows(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.assemble import read_rows
-from data_prep.completions import split_thinking
 from data_prep.held_out import choose_rows
 from data_prep.mask_pass import HELD_OUT
 from data_prep.pairing import load_teacher_tokenizer, require_pair
@@ -35,7 +34,7 @@ from recipes.gate import Verdict, examine
 from recipes.presets import resolve
 from recipes.schema import Recipe
 from recipes.schema_teacher import Round
-from recipes.student import PROMPT, ROWS, TEACHER, rows_folder, scored, waits
+from recipes.student import PROMPT, REFERENCE, ROWS, TEACHER, rows_folder, scored, waits
 
 Say = Callable[[str], None]
 Shard = tuple[int, int]  # (number from 1, of how many)
@@ -349,19 +348,24 @@ def _write_held_out(
     assert recipe.teacher is not None
     lines, rows = [], []
     students = pairs.student_held_out(recipe, held_out, stage.say) if pairs.needed(recipe) else {}
+    renders = _renders_thinking(prompts)
     for row in held_out:
         completion, thread = teacher_says[row.id], _thread(row)
-        answer = split_thinking(completion.text)[1]
-        line = {PROMPT: row.id, "group": row.group, "answer": answer, "reference": thread.reference}
+        said = Candidate(thread.row, completion, 0)
+        line = {PROMPT: row.id, "group": row.group, "answer": said.answer, "reference": thread.reference}
         lines.append({**line, "truncated": completion.truncated, "tokens": completion.completion_tokens})
-        wanted: Message = {"role": "assistant", "content": thread.reference or answer}
-        if not wanted["content"]:
-            continue
+        reference = thread.reference or said.answer
+        wanted = answers.answer_message(said, recipe.teacher.keep_thinking, renders)
+        if completion.truncated or not (said.answer or completion.tool_calls):  # no text that a student should learn
+            wanted = {"role": "assistant", "content": thread.reference}
+            if not thread.reference:
+                continue
         if not pairs.needed(recipe):
-            rows.append(answers.held_out_row(thread.row, wanted))
-        elif (said := students.get(row.id)) and said != wanted["content"]:
-            rejected: Message = {"role": "assistant", "content": said}
-            rows.append(answers.pair(thread.row, wanted, rejected, recipe.teacher.model, completion.key))
+            rows.append(answers.held_out_row(thread.row, wanted, reference))
+        elif (own := students.get(row.id)) and own != wanted["content"]:
+            rejected: Message = {"role": "assistant", "content": own}
+            made = answers.pair(thread.row, wanted, rejected, recipe.teacher.model, completion.key)
+            rows.append({**made, REFERENCE: reference})
     answers.write_lines(stage.folder / "answers.jsonl", lines)
     if waits(recipe):
         answers.write_rows(stage.folder, ROWS[1], rows, recipe, verdict, assets, prompts.folder)

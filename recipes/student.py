@@ -15,6 +15,7 @@ TEACHER = "teacher"  # of a run directory: what the teacher wrote
 PROMPTS = "prompts"  # prepared prompts, the teacher's input; the student's rows are in data/, as in any run
 LOGITS = "logits"
 PROMPT = "_prompt"  # column of a row: the id of the prepared prompt that it came from
+REFERENCE = "_reference"  # column of a held-out row: the answer that the student's is compared with
 ROWS = ("rows", "heldout")  # folders inside TEACHER: the student's training rows, and its held-out ones
 
 
