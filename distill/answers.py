@@ -2,7 +2,7 @@
 
 Files in `teacher/`: `rows/` and `heldout/` (JSON Lines, sources of the student's preparation, each with a manifest),
 `answers.jsonl` (the teacher's own answers to held-out prompts), `rejected.jsonl`, `stats.json` (stable), `summary.json`
-(for the report), `sessions.jsonl` (what each call of the stage did), `journal/`, `identity.json`, `served.json`
+(for the report), `sessions.jsonl` (the time of each call of the stage), `journal/`, `identity.json`, `served.json`
 (what the servers said that they serve), and the manifest.
 """
 
@@ -13,7 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from data_prep.earlier_teacher import teacher_parent
 from data_prep.rows import Message, Row
 from distill.filters import Candidate, Judged
 from distill.journal import JOURNAL
+from distill.journal_files import Paid
 from recipes.errors import DataError
 from recipes.evidence import Asset, to_record
 from recipes.lineage import (
@@ -38,7 +39,7 @@ from recipes.lineage import (
     writing,
 )
 from recipes.schema import Recipe
-from recipes.student import PROMPT, ROWS, TEACHER, decides
+from recipes.student import PROMPT, REFERENCE, ROWS, TEACHER, decides
 from recipes.verdict import Verdict
 
 SHARD_ROWS = 50_000
@@ -117,10 +118,12 @@ def pair(row: Row, chosen: Message, rejected: Message, teacher: str, key: str) -
     }
 
 
-def held_out_row(row: Row, answer: Message) -> dict[str, Any]:
-    """A held-out row of the student: with the row's own answer where it has one, else with the teacher's."""
+def held_out_row(row: Row, answer: Message, reference: str) -> dict[str, Any]:
+    """A held-out row of the student. Its loss is that of the teacher's answer, the kind of text that the student trains
+    on; its own answer is compared with the reference."""
     tools = {"tools": list(row.tools)} if row.tools else {}
-    return {"messages": [*row.messages, answer], **tools, "group": row.group, PROMPT: row.extra.get(PROMPT)}
+    known = {"group": row.group, PROMPT: row.extra.get(PROMPT), REFERENCE: reference}
+    return {"messages": [*row.messages, answer], **tools, **known}
 
 
 def write_rows(
@@ -229,18 +232,26 @@ def statistics(work: Work, judged: Judged, calls_made: int, from_journal: int) -
     }
 
 
-def summary(
-    recipe: Recipe, work: Work, judged: Judged, sampling: str, sessions: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """summary.json: what the report shows of the teacher's work."""
+def costs(recipe: Recipe, paid: Paid, seconds: float) -> dict[str, Any]:
+    """What the teacher's work took in all, for stats.json: with answers that were asked for again with a larger limit
+    or are wanted no more, since they were paid for.
+
+    Args:
+        seconds: of all sessions.
+    """
+    assert recipe.teacher is not None
+    price, cost = recipe.teacher.price, None
+    if price is not None:
+        cost = (paid.prompt_tokens * price.prompt + paid.completion_tokens * price.completion) / 1e6
+        cost += seconds / 3600 * price.hour
+    return {"paid": asdict(paid), "seconds": round(seconds, 3), "cost": cost}
+
+
+def summary(recipe: Recipe, work: Work, judged: Judged, sampling: str) -> dict[str, Any]:
+    """summary.json: what the report shows of the teacher's work. What it cost is known later, and is in stats.json."""
     assert recipe.teacher is not None
     judged_all = [*judged.kept, *(c for c, _, _ in judged.rejected)]
-    seconds = sum(float(s["seconds"]) for s in sessions)
     price = recipe.teacher.price
-    cost = None
-    if price is not None:
-        cost = (work.prompt_tokens * price.prompt + work.completion_tokens * price.completion) / 1e6
-        cost += seconds / 3600 * price.hour
     return {
         "teacher": recipe.teacher.model,
         "engine": recipe.teacher.engine.name,
@@ -253,9 +264,7 @@ def summary(
         "rejected": dict(sorted(judged.rejected_counts.items())),
         "prompt_tokens": work.prompt_tokens,
         "completion_tokens": work.completion_tokens,
-        "seconds": seconds,
         "journal_bytes": sum(p.stat().st_size for p in (recipe.run_dir / TEACHER / JOURNAL).glob("*.jsonl")),
-        "cost": cost,
         "currency": price.currency if price is not None else None,
         "scores": _mean([c.score for c in judged_all if c.score is not None]),
         "lengths": {
@@ -300,29 +309,6 @@ def histogram(values: Sequence[int]) -> dict[str, list[float]]:
     bars = min(BARS, max(values) - min(values) + 1)
     counts, edges = np.histogram(values, bars)
     return {"counts": counts.tolist(), "edges": edges.tolist()}
-
-
-def add_session(folder: Path, entry: dict[str, Any]) -> None:
-    """One line more, in one write: shards on other machines add theirs to the same file.
-
-    Raises:
-        RetortError: the disk is full, say.
-    """
-    path = folder / "sessions.jsonl"
-    with writing(path), path.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(entry) + "\n")
-
-
-def read_sessions(folder: Path) -> list[dict[str, Any]]:
-    """Sessions of the stage so far, a torn last line left out."""
-    path = folder / "sessions.jsonl"
-    found = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def finish(

@@ -10,12 +10,10 @@ import fcntl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from data_prep.assemble import read_rows
-from data_prep.completions import split_thinking
 from data_prep.earlier_teacher import IDENTITY
 from data_prep.held_out import choose_rows
 from data_prep.identity import teacher_ref
@@ -30,6 +28,7 @@ from distill.http_watch import SERVED
 from distill.journal import JOURNAL, Journal
 from distill.meter import Meter
 from distill.rounds import Asked, Asker, Thread, going_on, student_row
+from distill.sessions import Session, seconds_of
 from distill.teachers import Completion, Teacher, identity_of, open_teacher
 from recipes.errors import EngineError, RecipeError
 from recipes.evidence import Asset
@@ -38,7 +37,7 @@ from recipes.lineage import writing
 from recipes.presets import resolve
 from recipes.schema import Recipe
 from recipes.schema_teacher import Round
-from recipes.student import PROMPT, ROWS, TEACHER, rows_folder, scored, waits
+from recipes.student import PROMPT, REFERENCE, ROWS, TEACHER, rows_folder, scored, waits
 from recipes.verdict import Verdict
 
 Say = Callable[[str], None]
@@ -64,8 +63,11 @@ class Stage:
     work: Work = field(default_factory=Work)
     opened: Teacher | None = None
     captured: scoring.Capture | None = None
-    began: datetime = field(default_factory=lambda: datetime.now(UTC))
-    noted: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.recipe.teacher is not None
+        engine = self.recipe.teacher.engine.name
+        self.session = Session(self.folder, engine, self.shard, lambda: self.journal.calls_made)
 
     @property
     def folder(self) -> Path:
@@ -74,6 +76,7 @@ class Stage:
     def engine(self) -> Teacher:
         if self.opened is None:
             assert self.recipe.teacher is not None
+            self.session.start()
             self.say(f"starting the teacher: {self.recipe.teacher.model} ({self.recipe.teacher.engine.name})")
             self.opened = open_teacher(self.recipe, self.tokenizer, self.folder / SERVED)
         return self.opened
@@ -94,29 +97,18 @@ class Stage:
         for one in asked:
             yield one, found[one.request.key]
 
-    def note_session(self) -> None:
-        """Write down what asking the teacher took, once."""
-        if self.journal.calls_made and not self.noted:
-            assert self.recipe.teacher is not None
-            entry = {
-                "began": self.began.isoformat(timespec="seconds"),
-                "seconds": round((datetime.now(UTC) - self.began).total_seconds(), 3),
-                "calls": self.journal.calls_made,
-                "engine": self.recipe.teacher.engine.name,
-                "shard": list(self.shard),
-            }
-            answers.add_session(self.folder, entry)
-            self.noted = True
-
     def stop_capturing(self) -> None:
         if self.captured is not None:
             self.captured.close()
         self.captured = None
 
     def close(self) -> None:
-        self.stop_capturing()
-        if self.opened is not None:
-            self.opened.close()
+        try:
+            self.stop_capturing()
+            if self.opened is not None:
+                self.opened.close()
+        finally:
+            self.session.close()
 
 
 def generate(recipe: Recipe, verify: Verify | None = None, shard: Shard = (1, 1), say: Say = print) -> dict[str, Any]:
@@ -163,7 +155,9 @@ def generate(recipe: Recipe, verify: Verify | None = None, shard: Shard = (1, 1)
             for note in getattr(stage.opened, "notes", ()):
                 say(f"note: {note}")
             stage.close()
-            stage.note_session()
+        if shard == (1, 1):
+            stats |= answers.costs(recipe, journal.paid, seconds_of(folder))
+            answers.write_json(folder / "stats.json", stats)
     return stats
 
 
@@ -199,12 +193,10 @@ def _run(
             scoring.score_rows(stage, verdict)
         return stats
     if waits(recipe):
-        stage.note_session()
-        sessions = answers.read_sessions(folder)
-        answers.write_json(folder / "summary.json", answers.summary(recipe, stage.work, judged, words, sessions))
+        answers.write_json(folder / "summary.json", answers.summary(recipe, stage.work, judged, words))
         rejects = [answers.reject_line(*item) for item in judged.rejected]
         answers.write_lines(folder / "rejected.jsonl", [*rejects, *stage.work.rejected_early])
-    answers.write_json(folder / "stats.json", stats)
+    answers.write_json(folder / "stats.json", stats)  # written again with its costs when the last row is scored
     answers.finish(folder, recipe, verdict, assets, prompts.folder, stats)
     if scored(recipe):
         scoring.score_rows(stage, verdict)
@@ -362,19 +354,24 @@ def _write_held_out(
     assert recipe.teacher is not None
     lines, rows = [], []
     students = pairs.student_held_out(recipe, held_out, stage.say) if pairs.needed(recipe) else {}
+    renders = _renders_thinking(prompts)
     for row in held_out:
         completion, thread = teacher_says[row.id], _thread(row)
-        answer = split_thinking(completion.text)[1]
-        line = {PROMPT: row.id, "group": row.group, "answer": answer, "reference": thread.reference}
+        said = Candidate(thread.row, completion, 0)
+        line = {PROMPT: row.id, "group": row.group, "answer": said.answer, "reference": thread.reference}
         lines.append({**line, "truncated": completion.truncated, "tokens": completion.completion_tokens})
-        wanted: Message = {"role": "assistant", "content": thread.reference or answer}
-        if not wanted["content"]:
-            continue
+        reference = thread.reference or said.answer
+        wanted = answers.answer_message(said, recipe.teacher.keep_thinking, renders)
+        if completion.truncated or not (said.answer or completion.tool_calls):  # no text that a student should learn
+            wanted = {"role": "assistant", "content": thread.reference}
+            if not thread.reference:
+                continue
         if not pairs.needed(recipe):
-            rows.append(answers.held_out_row(thread.row, wanted))
-        elif (said := students.get(row.id)) and said != wanted["content"]:
-            rejected: Message = {"role": "assistant", "content": said}
-            rows.append(answers.pair(thread.row, wanted, rejected, recipe.teacher.model, completion.key))
+            rows.append(answers.held_out_row(thread.row, wanted, reference))
+        elif (own := students.get(row.id)) and own != wanted["content"]:
+            rejected: Message = {"role": "assistant", "content": own}
+            made = answers.pair(thread.row, wanted, rejected, recipe.teacher.model, completion.key)
+            rows.append({**made, REFERENCE: reference})
     answers.write_lines(stage.folder / "answers.jsonl", lines)
     if waits(recipe):
         answers.write_rows(stage.folder, ROWS[1], rows, recipe, verdict, assets, prompts.folder)

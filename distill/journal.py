@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
 
-from distill.journal_files import Records, aside, encode, repair, sync_folder
+from distill.journal_files import Paid, Records, aside, encode, repair, sync_folder
 from distill.teachers import Completion, Request, Teacher
 from recipes.errors import EngineError, RetortError
 from recipes.lineage import cannot_write
@@ -105,6 +105,11 @@ class Journal:
                 self._end(self._pump)
         finally:
             self._held.close()
+
+    @property
+    def paid(self) -> Paid:
+        """What all answers on record took."""
+        return self._records.paid
 
     def get(self, key: str, max_tokens: int) -> Completion | None:
         """The answer on record, unless it was cut under a smaller limit than is wanted now."""

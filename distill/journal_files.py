@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +36,22 @@ class _Spot(NamedTuple):
         return (not self.truncated, self.max_tokens)
 
 
+@dataclass
+class Paid:
+    """What stands in all files: every answer that the teacher wrote, the best to its key or not."""
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
 class Records:
     """Where the best answer to every key stands in a folder's journal files. Texts stay on the disk: memory is some
     400 bytes a key. Takes no lock and changes nothing.
 
     Attributes:
         damaged: damaged lines by file name, where there are any.
+        paid: what all answers took, those that a better one replaced included.
 
     Raises:
         DataError: a file cannot be read, or another version of Retort wrote it.
@@ -49,6 +59,7 @@ class Records:
 
     def __init__(self, folder: Path) -> None:
         self.damaged: dict[str, int] = {}
+        self.paid = Paid()
         self._best: dict[str, _Spot] = {}
         self._paths = sorted(folder.glob("*.jsonl"))
         self._files: list[int] = []  # kept open: a file that another machine repairs stays what it was for us
@@ -76,6 +87,9 @@ class Records:
 
     def place(self, completion: Completion, file: int, offset: int, length: int) -> None:
         """Take note of a record. It replaces only one of lower rank."""
+        self.paid.answers += 1
+        self.paid.prompt_tokens += completion.prompt_tokens
+        self.paid.completion_tokens += completion.completion_tokens
         spot = _Spot(file, offset, length, completion.truncated, completion.max_tokens)
         known = self._best.get(completion.key)
         if known is None or spot.rank > known.rank:

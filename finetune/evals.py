@@ -25,7 +25,7 @@ from finetune.sequences import (
 from finetune.stats import Answer, compare, is_exact
 from recipes.lineage import sha256_json, write_atomic
 from recipes.schema import Recipe
-from recipes.student import PROMPT, TEACHER
+from recipes.student import PROMPT, REFERENCE, TEACHER
 
 GENERATED = ("exact_match", "token_f1", "label_accuracy", "macro_f1", "reward")
 LOSSES = ("loss", "perplexity")
@@ -89,8 +89,10 @@ def asked_of(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def reference_of(row: dict[str, Any], recipe: Recipe) -> str:
-    """The wanted answer of a row: the chosen one of a pair, the last assistant turn of a chat, or the column that the
-    rewards of the recipe compare with."""
+    """The wanted answer of a row: the one that stands apart where a teacher wrote the row's text, the chosen one of a
+    pair, the last assistant turn of a chat, or the column that the rewards of the recipe compare with."""
+    if (apart := (row["extra"] or {}).get(REFERENCE)) is not None:
+        return str(apart)
     last = (row["chosen"] or row["messages"] or [{}])[-1]
     if last.get("role") == "assistant":
         return str(last.get("content") or "")

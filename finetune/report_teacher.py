@@ -140,14 +140,14 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
 def _costs(run: RunFiles) -> list[Cost]:
     """What the teacher's work took in all, and for each row that the student got."""
     found, rows = run.teacher, _rows(run)
-    read, written = (tally(found.stats.get(key)) for key in ("prompt_tokens", "completion_tokens"))
+    read, written = (tally(_paid(run, key)) for key in ("prompt_tokens", "completion_tokens"))
     seconds = [s for line in found.sessions if (s := tally(line.get("seconds"))) is not None]
     journal = tally(found.summary.get("journal_bytes"))
     logits = tally(dig(found.logits, "counts", "bytes"))
     told = [
         ("Prompt tokens read", read, count, "every round, and held-out prompts, included"),
-        ("Answer tokens written", written, count, ""),
-        ("Time", sum(seconds) if seconds else None, _seconds, _sessions(run, len(seconds))),
+        ("Answer tokens written", written, count, _again(run)),
+        ("Time", sum(seconds) if seconds else None, _seconds, _sessions(run)),
         ("Journal", journal, size, "every answer, as it came"),
         ("Distributions", logits, size, "in logits/"),
     ]
@@ -158,6 +158,19 @@ def _costs(run: RunFiles) -> list[Cost]:
         currency = str(dig(run.recipe, "teacher", "price", "currency") or found.summary.get("currency") or "")
         costs.append(Cost("Money", f"{money[0]} {currency}", f"{money[1]} {currency}", money[2]))
     return costs
+
+
+def _paid(run: RunFiles, key: str) -> Any:
+    """Of every answer in the journal, wanted still or not; of those in use where it was not written down."""
+    paid = dig(run.teacher.stats, "paid", key)
+    return run.teacher.stats.get(key) if paid is None else paid
+
+
+def _again(run: RunFiles) -> str:
+    """Said where more answers were paid for than are in use."""
+    paid, used = tally(dig(run.teacher.stats, "paid", "answers")), tally(run.teacher.stats.get("completions"))
+    more = paid - used if paid is not None and used is not None else 0
+    return f"{some(more, 'answer')} that a longer one replaced, or that no one wants now, included" if more > 0 else ""
 
 
 def _each(whole: float, rows: float | None, say: Callable[[Any], str]) -> str:
@@ -175,8 +188,9 @@ def _amount(value: float) -> str:
     return f"{value:,.2f}" if value >= 1 or value == 0 else f"{value:.3g}"
 
 
-def _sessions(run: RunFiles, times: int) -> str:
-    """What the seconds are of. Machines that shared the work are added up."""
+def _sessions(run: RunFiles) -> str:
+    """What the seconds are of. A session has a line for each stretch; machines that shared the work are added up."""
+    times = len({(str(line.get("began")), str(line.get("shard"))) for line in run.teacher.sessions})
     calls = sum(n for line in run.teacher.sessions if (n := tally(line.get("calls"))) is not None)
     shards = {str(line.get("shard")) for line in run.teacher.sessions} - {"[1, 1]", "None"}
     said = f"{some(times, 'session')} with {some(calls, 'call')}; filters and scoring included"

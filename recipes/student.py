@@ -16,6 +16,7 @@ PROMPTS = "prompts"  # prepared prompts, the teacher's input; the student's rows
 LOGITS = "logits"
 PROMPT = "_prompt"  # column of a row: the id of the prepared prompt that it came from
 ANSWERS_BY = ("quantization", "hf_overrides", "served_as", "extra_body")
+REFERENCE = "_reference"  # column of a held-out row: the answer that the student's is compared with
 ROWS = ("rows", "heldout")  # folders inside TEACHER: the student's training rows, and its held-out ones
 
 

@@ -31,6 +31,7 @@ class Ask:
         vllm: each of them starts a vLLM server of its own on its node.
         config_file: of `accelerate launch`, such as recipes/accelerate/fsdp2.yaml.
         more: further options of sbatch, such as --qos=high.
+        serve: further options of that server, such as --max-model-len=32768.
     """
 
     nodes: int = 1
@@ -46,6 +47,7 @@ class Ask:
     vllm: bool = False
     config_file: str | None = None
     more: tuple[str, ...] = ()
+    serve: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ log={log}
 port=$((10000 + SLURM_JOB_ID % 20000))
 while (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port=$((port + 1)); done
 "${{inside[@]}}" vllm serve {model} --served-model-name {name} \\
-    --host 127.0.0.1 --port "$port"{cards} \\
+    --host 127.0.0.1 --port "$port"{options} \\
     > "$log" 2>&1 &
 server=$!
 trap 'code=$?; kill "$server" 2> /dev/null; echo "$code" > "$end"; exit "$code"' EXIT
@@ -190,8 +192,10 @@ def _server(recipe: Recipe, ask: Ask, log: str) -> str:
     model = shlex.quote(str(ref.path) if ref.path is not None else ref.name)
     if ref.revision is not None:
         model += f" --revision {shlex.quote(ref.revision)}"
-    cards = f" --tensor-parallel-size {ask.gpus}" if ask.gpus > 1 else ""
-    return SERVER.format(model=model, name=shlex.quote(recipe.teacher.model), cards=cards, log=log)
+    options = [f"--tensor-parallel-size {ask.gpus}"] if ask.gpus > 1 else []
+    options += map(shlex.quote, ask.serve)
+    line = "".join(f" {option}" for option in options)
+    return SERVER.format(model=model, name=shlex.quote(recipe.teacher.model), options=line, log=log)
 
 
 def _train(ask: Ask) -> str:
@@ -295,6 +299,6 @@ EXAMPLE = "recipes/reasoning-distill-qwen3-slurm.yaml"
 def shipped() -> dict[str, str]:
     """scripts/slurm/*.sbatch by file name: the stages of a shipped recipe on four nodes of eight cards."""
     recipe = load_recipe(SHIPPED.parent.parent / EXAMPLE)
-    ask = Ask(nodes=4, gpus=8, shards=4, vllm=True)
+    ask = Ask(nodes=4, gpus=8, shards=4, vllm=True, serve=("--max-model-len=32768",))
     place = Place(EXAMPLE, (), str(recipe.run_dir), "python3")
     return {f"{s.name}.sbatch": render(s, ask, place, recipe.name) for s in stages(recipe, ask, place)}

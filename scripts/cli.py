@@ -248,13 +248,14 @@ def submit(
     vllm: Annotated[bool, typer.Option("--vllm", help="each of them starts a vLLM server of its own")] = False,
     config_file: Annotated[str | None, typer.Option(help="of accelerate launch")] = None,
     more: Annotated[list[str] | None, typer.Option(help="a further option of sbatch, repeatable")] = None,
+    serve: Annotated[list[str] | None, typer.Option(help="a further option of that server, repeatable")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts")] = False,
 ) -> None:
     """Submit the stages of a recipe to Slurm as dependent jobs."""
     from scripts import slurm
 
     to_slurm = (nodes, gpus, time, partition, account, cpus, memory, container, tuple(modules or ()))
-    ask = slurm.Ask(*to_slurm, shards, vllm, config_file, tuple(more or ()))
+    ask = slurm.Ask(*to_slurm, shards, vllm, config_file, tuple(more or ()), tuple(serve or ()))
     print(slurm.submit(recipe, set_ or (), ask, dry_run))
 
 

@@ -85,6 +85,8 @@ def _require_sense(recipe: Recipe, path: Path, overrides: Sequence[str], ask: As
             raise RecipeError(f"must be at least 1, not {getattr(ask, name)}", f"--{name}")
     if recipe.teacher is None and (ask.vllm or ask.shards > 1):
         raise RecipeError("the recipe has no teacher", "--vllm" if ask.vllm else "--shards", "leave it out")
+    if ask.serve and not ask.vllm:
+        raise RecipeError("no server is started", "--serve", "add --vllm, or leave it out")
     if ask.vllm:
         try:
             load_recipe(path, [*overrides, "teacher.engine.http.urls=[http://127.0.0.1:10000/v1]"])

@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT, colour_rows, run_train, write_rows
 from slurm import command, queued, slurm, wait_for_jobs, wait_until
 
+from recipes.errors import RecipeError
 from recipes.lineage import read_manifest, sha256_files
 from scripts.batch import NODES, SHIPPED, Ask, Place, render, shipped, stages
 from scripts.slurm import FOLDER, submit
@@ -108,6 +109,43 @@ def test_what_is_asked_is_in_the_scripts(make_recipe: Callable[..., Path], monke
     for image, words in (("my.sif", "apptainer exec --nv"), ("org/image:1", "srun --overlap --ntasks=1 --container")):
         text = submit(path, (), Ask(gpus=1, container=image), dry_run=True)
         assert f"{words}" in text and image in text and "python=python3\n" in text
+
+
+MISTRAL = ("--max-model-len=20480", "--tokenizer-mode=mistral", "--config-format=mistral", "--load-format=mistral")
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "serve"),
+    [
+        ("qwen3-slurm", "Qwen/Qwen3-235B-A22B-Thinking-2507", ("--max-model-len=32768",)),
+        ("deepseek-r1", "deepseek-ai/DeepSeek-R1-0528", ("--max-model-len=32768",)),
+        ("mistral-large-3", "mistralai/Mistral-Large-3-675B-Instruct-2512", MISTRAL),
+        ("nemotron", None, ()),  # vLLM in the process: no server
+        ("qwen3", None, ()),
+    ],
+)
+def test_each_large_teacher_has_its_jobs(name: str, model: str | None, serve: tuple[str, ...], tmp_path: Path) -> None:
+    path = SHIPPED.parent.parent / "recipes" / f"reasoning-distill-{name}.yaml"
+    ask = Ask(nodes=4, gpus=8, shards=4, vllm=model is not None, serve=serve)
+    text = submit(path, [f"output={tmp_path / 'run'}"], ask, dry_run=True)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    found = dict(re.findall(r"^# (?:\S*/)(\w+)\.sbatch\n(.*?)(?=^# \S*/\w+\.sbatch\n|\Z)", text, re.M | re.S))
+    assert list(found) == ["prepare", "generate", "merge", "train", "finish"]
+    assert "#SBATCH --array=1-4\n" in found["generate"] and '--shard "$SLURM_ARRAY_TASK_ID/4"' in found["generate"]
+    assert "--array" not in found["merge"] and "--shard" not in found["merge"]
+    for stage in ("generate", "merge"):
+        assert "#SBATCH --nodes=1\n" in found[stage] and "#SBATCH --gpus-per-node=8\n" in found[stage]
+        assert ("vllm serve" in found[stage]) is (model is not None)
+        if model is not None:
+            served = found[stage].replace("\\\n", "").split("vllm serve ")[1].split(" > ")[0].split()
+            assert served[:3] == [model, "--served-model-name", model]
+            assert served[-2 - len(serve) :] == ["--tensor-parallel-size", "8", *serve]
+    assert "#SBATCH --nodes=4\n" in found["train"]
+
+
+def test_options_of_a_server_need_a_server(make_recipe: Callable[..., Path]) -> None:
+    with pytest.raises(RecipeError, match="--serve: no server is started; add --vllm"):
+        submit(make_recipe(), (), Ask(serve=("--max-model-len=8",)), dry_run=True)
 
 
 def test_accelerate_understands_what_starts_several_cards(make_recipe: Callable[..., Path]) -> None:

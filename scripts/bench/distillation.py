@@ -1,13 +1,15 @@
 """What learning from the cache of a teacher's distributions costs, and what it is worth.
 
-    python -m scripts.bench.distillation                 the cost of a step
+    python -m scripts.bench.distillation [--layers N]    the cost of a step
     python -m scripts.bench.distillation --study         how near students come to the teacher, by what they are shown
 
 The cost: a step (batch, forward, backward, optimiser) from the cache against plain fine-tuning on the same rows, once
-as transformers computes its loss and once as TRL's SFTTrainer does, and against TRL's GKDTrainer with the live teacher,
-off-policy and with the forward divergence, which is the same loss without a cache. All take turns in one process on the
-same batches, and every token of the rows counts, so nobody gains by leaving positions out. Counted is the processor's
-time, since a machine may be shared; ratios are taken within a round.
+as transformers computes its loss and once as TRL's SFTTrainer does, and against TRL with the live teacher: its
+DistillationTrainer and its older GKDTrainer, both off-policy and with the forward divergence, which is the same loss
+without a cache. Neither is charged for answers that it would generate. --layers makes the live teacher deeper than the
+embedded one (its weights are made up then: a step takes as long with them). All take turns in one process on the same
+batches, and every token of the rows counts, so nobody gains by leaving positions out. Counted is the processor's time,
+since a machine may be shared; ratios are taken within a round.
 
 The study: students that start alike see the same batches, each with another target from the same teacher, and are
 compared on held-out text by the divergence from the teacher over the whole vocabulary and by their calibration. The
@@ -42,6 +44,8 @@ from recipes.schema_teacher import Logits  # noqa: E402
 from scripts.bench.data_prep import show  # noqa: E402
 
 ROUNDS = 12
+PLAIN, LIVE, OLDER = "fine-tuning, plain", "live teacher, DistillationTrainer", "live teacher, GKDTrainer"
+OTHERS = (PLAIN, LIVE)  # what the others are compared with
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365}  # 97.5 % point of Student's t, by number of seeds
 
 
@@ -108,8 +112,37 @@ def step_of(
     return step
 
 
-def sides(folder: Path, batch: int, width: int, whole: bool) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
+def live_teacher(layers: int) -> Any:
+    """The embedded teacher, or one of so many layers that knows nothing."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not layers:
+        return model_of("tiny-teacher").requires_grad_(False).eval()
+    config = AutoConfig.from_pretrained(EMBEDDED / "tiny-teacher", num_hidden_layers=layers, layer_types=None)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False).eval()
+
+
+def size_of(model: Any) -> str:
+    """Parameters in all, and those that a token is multiplied with: the table of embeddings is only looked up."""
+    looked_up = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    count = sum(p.numel() for p in model.parameters())
+    return f"{count / 1e6:.1f} million parameters, {(count - looked_up) / 1e6:.1f} of them at work on every token"
+
+
+def as_answers(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch as DistillationTrainer leaves it after generating: all but the first token is the answer."""
+    ids = batch["input_ids"]
+    mask = torch.ones_like(ids)
+    found = {"prompt_ids": ids[:, :1], "prompt_mask": mask[:, :1], "completion_ids": ids[:, 1:]}
+    return {**found, "completion_mask": mask[:, 1:], "num_items_in_batch": mask[:, 1:].sum().float()}
+
+
+def sides(
+    folder: Path, batch: int, width: int, whole: bool, teacher: Any
+) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
     """The steps that are compared, and bytes of a token in each cache."""
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     from data_prep.tokens import load_tokenizer
@@ -149,26 +182,37 @@ def sides(folder: Path, batch: int, width: int, whole: bool) -> tuple[dict[str, 
         found[name] = step_of(trainer, trainer.compute_loss, batches)
     trainer = build_sft(job_of("fine-tuning, TRL", {"type": "sft"}, None))
     found["fine-tuning, TRL"] = step_of(trainer, trainer.compute_loss, batches)
-    trainer = build_sft(job_of("fine-tuning, plain", {"type": "sft"}, None))
-    found["fine-tuning, plain"] = step_of(trainer, lambda model, batch: model(**batch).loss, batches)
-    live = GKDTrainer(
+    trainer = build_sft(job_of(PLAIN, {"type": "sft"}, None))
+    found[PLAIN] = step_of(trainer, lambda model, batch: model(**batch).loss, batches)
+    common = {"use_cpu": True, "bf16": False, "report_to": "none", "temperature": 1.0, "beta": 0.0,
+              "disable_dropout": False, "gradient_checkpointing": False}  # fmt: skip
+    live = DistillationTrainer(
         model=trainer.model,
-        teacher_model=model_of("tiny-teacher"),
-        args=GKDConfig(output_dir=str(folder / "gkd"), use_cpu=True, bf16=False, report_to="none", lmbda=0.0, beta=0.0,
-                       temperature=1.0, max_length=width, disable_dropout=False, gradient_checkpointing=False),
+        teacher_model=teacher,
+        args=DistillationConfig(output_dir=str(folder / "live"), max_completion_length=width, **common),
+        train_dataset=Dataset.from_list([{"prompt": "none is asked"}]),
+        processing_class=trainer.processing_class,
+    )
+    found[LIVE] = step_of(trainer, lambda model, batch: live.compute_loss(model, as_answers(batch)), batches)
+    older = GKDTrainer(
+        model=trainer.model,
+        teacher_model=teacher,
+        args=GKDConfig(output_dir=str(folder / "gkd"), lmbda=0.0, max_length=width, **common),
         train_dataset=trainer.train_dataset,
         data_collator=trainer.data_collator,
         processing_class=trainer.processing_class,
-    )  # fmt: skip
-    found["live teacher, TRL"] = step_of(live, live.compute_loss, batches)
+    )
+    found[OLDER] = step_of(older, older.compute_loss, batches)
     return found, sizes
 
 
-def cost(batch: int, width: int, rounds: int) -> None:
-    """Print seconds of a step, and ratios round by round: what slows the machine slows all sides of a round."""
+def cost(batch: int, width: int, rounds: int, layers: int) -> None:
+    """Print milliseconds of a step, and ratios round by round: what slows the machine slows all sides of a round."""
+    teacher = live_teacher(layers)
+    print(f"the student: {size_of(model_of('tiny'))}\nthe live teacher: {size_of(teacher)}")
     for whole in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            steps, sizes = sides(Path(folder), batch, width, whole)
+            steps, sizes = sides(Path(folder), batch, width, whole, teacher)
             seconds: dict[str, list[float]] = {name: [] for name in steps}
             for turn in range(rounds + 1):
                 for name in list(steps)[:: 1 if turn % 2 == 0 else -1]:
@@ -179,26 +223,17 @@ def cost(batch: int, width: int, rounds: int) -> None:
                         seconds[name].append(time.process_time() - start)
         lines = []
         for name in steps:
-            ratios = {
-                other: statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
-                for other in ("fine-tuning, plain", "fine-tuning, TRL", "live teacher, TRL")
-            }
-            lines.append(
-                [
-                    name,
-                    f"{statistics.median(seconds[name]) * 1e3:.0f}",
-                    f"{min(seconds[name]) * 1e3:.0f}",
-                    *(f"{ratio:.2f}" for ratio in ratios.values()),
-                    f"{sizes[name]:.0f}" if name in sizes else "",
-                ]
-            )
+            ratios = [[a / b for a, b in zip(seconds[name], seconds[of], strict=True)] for of in OTHERS]
+            ms = ranged([1e3 * s for s in seconds[name]], ".0f")
+            lines.append([name, ms, *map(ranged, ratios), f"{sizes[name]:.0f}" if name in sizes else ""])
         what = "all weights" if whole else "an adapter of rank 16"
-        header = ["step", "median ms", "best ms", "of plain", "of TRL's", "of live", "bytes/token"]
-        show(
-            f"{batch} rows of {width} tokens, {what}, {torch.get_num_threads()} thread(s), {rounds} rounds",
-            header,
-            lines,
-        )
+        title = f"{batch} rows of {width} tokens, {what}, {torch.get_num_threads()} thread(s), {rounds} rounds"
+        show(title, ["step", "ms (range)", *(f"of {name}" for name in OTHERS), "bytes/token"], lines)
+
+
+def ranged(values: list[float], form: str = ".2f") -> str:
+    """Median and range."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 # The study.
@@ -253,8 +288,12 @@ def teacher_logits(teacher: Any, texts: torch.Tensor) -> torch.Tensor:
         return torch.cat([teacher(part).logits[:, :-1] for part in texts.split(16)])
 
 
-def study(seeds: int, steps: int, k: int, draws: int, batch: int, width: int) -> None:
-    """Print one line for each target: means over seeds with 95 % intervals, after a quarter of the steps and all."""
+def study(seeds: int, steps: int, k: int, draws: int, batch: int, width: int) -> dict[str, list[float]]:
+    """Print one line for each target: means over seeds with 95 % intervals, after a quarter of the steps and all.
+
+    Returns:
+        Divergence from the teacher after all steps, in nats, of each seed, by target.
+    """
     teacher, start = model_of("tiny-teacher").eval(), model_of("tiny").eval()
     pool, held_out = (
         torch.tensor(texts_of(name, n, width)) for name, n in (("train.jsonl", 512), ("heldout.jsonl", 48))
@@ -310,6 +349,7 @@ def study(seeds: int, steps: int, k: int, draws: int, batch: int, width: int) ->
             size = f"{statistics.mean(sizes[name]):.0f}"
             lines.append([name, size, means[0], "" if name == "full" else beyond, *means[1:]])
         show(f"after {mark} steps", header, lines)
+    return {name: [result["kl"] for result in found[name, steps]] for name in kinds}
 
 
 def interval(values: list[float]) -> str:
@@ -321,6 +361,7 @@ def interval(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", action="store_true")
+    parser.add_argument("--layers", type=int, default=0, help="of the live teacher; default: the embedded one")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--width", type=int, help="tokens of a row; default 96, of the study 64")
@@ -332,7 +373,7 @@ def main() -> None:
     if options.study:
         study(options.seeds, options.steps, options.k, options.draws, options.batch // 2, options.width or 64)
     else:
-        cost(options.batch, options.width or 96, options.rounds)
+        cost(options.batch, options.width or 96, options.rounds, options.layers)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def test_rows_figures_and_manifests_and_a_rerun_that_asks_nothing(tmp_path: Path
     path = recipe_file(tmp_path)
     recipe, stats, said = taught(path)
     folder = recipe.run_dir / "teacher"
-    assert list(stats) == [*STATS, "kept", "rejected"]
+    assert list(stats) == [*STATS, "kept", "rejected", "paid", "seconds", "cost"]
     assert stats["requests"] == stats["calls_made"] == stats["completions"] == PROMPTS + HELD_OUT
     assert json.loads((folder / "stats.json").read_text()) == stats
     rows = rows_of(recipe)
@@ -42,11 +42,13 @@ def test_rows_figures_and_manifests_and_a_rerun_that_asks_nothing(tmp_path: Path
         assert manifest["parents"] == [{"role": "teacher", "ref": "embedded:tiny-teacher", "identity": identity}]
     assert verify(folder) == verify(folder / "rows") == verify(folder / "heldout") == []
     assert any("greedy" in line for line in said)
-    # The held-out rows keep their own answers; the teacher's stand beside them.
+    # The held-out rows have the teacher's answers as their text, and their own beside them.
     answers = {line["_prompt"]: line for line in lines(folder / "answers.jsonl")}
     assert len(answers) == HELD_OUT
     for row in rows_of(recipe, "heldout"):
-        assert row["messages"][-1]["content"] == answers[row["_prompt"]]["reference"]
+        line = answers[row["_prompt"]]
+        assert row["_reference"] == line["reference"]
+        assert row["messages"][-1]["content"] == line["reference" if line["truncated"] else "answer"]
     before, stamp = results(recipe), (folder / "manifest.json").read_bytes()
     _, again, said = taught(path)
     assert (again["calls_made"], again["from_journal"]) == (0, PROMPTS + HELD_OUT)

@@ -48,6 +48,9 @@ STATS: dict[str, Any] = {
     "truncated": 11,
     "kept": 80,
     "rejected": {"truncated": 10, "verified": 150, "not_best": 120, "round_1_truncated": 4},
+    "paid": {"answers": 440, "prompt_tokens": 40_000, "completion_tokens": 20_000},
+    "seconds": 160.0,
+    "cost": 0.127,
 }
 ANSWER = {"prompt": "Which clause?", "completion": "a cap", "reason": "", "detail": "", "tokens": 3, "score": 1.0}
 SUMMARY: dict[str, Any] = {
@@ -62,9 +65,7 @@ SUMMARY: dict[str, Any] = {
     "rejected": {"not_best": 120, "truncated": 10, "verified": 150},
     "prompt_tokens": 40_000,
     "completion_tokens": 20_000,
-    "seconds": 1.0,
     "journal_bytes": 102_400,
-    "cost": 0.06,
     "currency": "EUR",
     "scores": 0.5694,
     "lengths": {
@@ -78,8 +79,9 @@ SUMMARY: dict[str, Any] = {
         ANSWER | {"reason": "verified", "detail": "marked 0", "score": 0.0},
     ],
 }
-SESSIONS = [
-    {"began": "2026-11-27T17:12:19+00:00", "seconds": 100.0, "calls": 400, "engine": "http", "shard": [1, 2]},
+SESSIONS = [  # the first tells of itself twice
+    {"began": "2026-11-27T17:12:19+00:00", "seconds": 30.0, "calls": 1, "engine": "http", "shard": [1, 2]},
+    {"began": "2026-11-27T17:12:19+00:00", "seconds": 70.0, "calls": 399, "engine": "http", "shard": [1, 2]},
     {"began": "2026-11-27T18:12:19+00:00", "seconds": 60.0, "calls": 40, "engine": "http", "shard": [1, 1]},
 ]
 LOGITS: dict[str, Any] = {
@@ -203,11 +205,23 @@ def test_costs_of_a_kept_row(tmp_path: Path) -> None:
     assert "Cut at the longest length 11 2.5% of them Mean mark 0.569 of all answers" in teacher
     assert "In all Per kept row Prompt tokens read 40,000 500.0 every round" in teacher
     assert "Answer tokens written 20,000 250.0" in teacher
-    # The seconds are those of the sessions; the summary is written before its own session ends.
     assert "Time 2 min 40 s 2 s 2 sessions with 440 calls; filters and scoring included; machines added up" in teacher
     assert "Journal 100.00 KiB 1.25 KiB" in teacher and "Distributions 800.00 KiB 10.00 KiB in logits/" in teacher
     # 0.04 × 0.5 + 0.02 × 2 + 160 / 3600 × 1.5
     assert "Money 0.127 EUR 0.00158 EUR at 0.5 a million prompt tokens, 2 a million answer tokens, 1.5 an" in teacher
+
+
+def test_answers_that_are_not_in_use_any_more_are_counted_and_named(tmp_path: Path) -> None:
+    paid = {"answers": 441, "prompt_tokens": 48_000, "completion_tokens": 24_000}
+    teacher = report(change(distilled(tmp_path), "teacher/stats.json", STATS | {"paid": paid})).text("teacher")
+    assert (
+        "Prompt tokens read 48,000 600.0" in teacher and "Answer tokens written 24,000 300.0 1 answer that" in teacher
+    )
+    assert "Money 0.139 EUR" in teacher  # 0.048 × 0.5 + 0.024 × 2 + 160 / 3600 × 1.5
+    # An older run tells no more than what is in use.
+    without = {key: value for key, value in STATS.items() if key != "paid"}
+    older = report(change(tmp_path, "teacher/stats.json", without)).text("teacher")
+    assert "Answer tokens written 20,000 250.0" in older
 
 
 def test_without_a_price_there_is_no_money(tmp_path: Path) -> None:
