@@ -113,10 +113,13 @@ class Watch:
         self.unwritten = False
         if self.memory is None:
             return
-        all_said = self._remembered()
+        known = self._remembered()
+        all_said = dict(known)
         for (_, what), value in self.said.items():
             all_said[what] = sorted({*all_said.get(what, []), value})
-        write_atomic(self.memory, json.dumps({**read_object(self.memory), self.whose: all_said}, indent=2) + "\n")
+        if all_said != known:
+            content = {**read_object(self.memory), self.whose: all_said}
+            write_atomic(self.memory, json.dumps(content, indent=2) + "\n")
 
 
 def _loads_on_demand(name: str, entry: dict[str, Any]) -> bool:
