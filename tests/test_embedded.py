@@ -260,7 +260,7 @@ def test_a_grown_model_starts_like_the_small_one(tokenizer: Any, models: dict[st
 
 @pytest.mark.slow
 def test_quick_build_writes_whole_artefacts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scripts.build_embedded", "--quick", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "scripts.build_embedded", "--quick", "--threads", "1", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "built in" in done.stdout
