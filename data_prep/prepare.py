@@ -303,6 +303,11 @@ def _inputs(recipe: Recipe, scans: Sequence[tuple[Role, int, Scan]]) -> list[dic
     return entries
 
 
+def judged_on(recipe: Recipe, work: Work) -> str:
+    """Hash over the recipe, its sources' files and its base: what a verdict was given for."""
+    return sha256_json([recipe.resolved(), _inputs(recipe, work.scans), base_state(recipe)])
+
+
 def fingerprint(recipe: Recipe, inputs: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
     """Hash over everything that decides the prepared bytes."""
     asked = [
