@@ -324,6 +324,11 @@ def _state(entry: dict[str, Any]) -> str | None:
     return entry["sha256"] or entry.get("revision")
 
 
+def judged_on(recipe: Recipe, work: Work) -> str:
+    """Hash over the recipe, its sources' files and its base: what a verdict was given for."""
+    return sha256_json([recipe.resolved(), _inputs(recipe, work.scans), base_state(recipe)])
+
+
 def fingerprint(recipe: Recipe, inputs: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
     """Hash over everything that decides the prepared bytes."""
     asked = [

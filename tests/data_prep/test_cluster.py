@@ -13,7 +13,8 @@ from slurm import slurm, wait_for_jobs
 from test_pipeline import chat, content, made_entries, texts
 
 from data_prep.cluster import STAGES, Task
-from data_prep.prepare import prepare
+from data_prep.prepare import begin, judged_on, prepare
+from recipes.errors import GateError
 from recipes.load import load_recipe
 
 DATA = {"steps": ["clean", "exact_dedup", {"near_dedup": {"threshold": 0.7}}], "too_long": "truncate"}
@@ -39,6 +40,24 @@ def test_tasks_in_any_order_make_the_same_data(
             assert made == (0 if stage == "write" else 2 if rank == 0 else 1)
     together = prepare(recipe, tmp_path / "together")
     assert together.reused and content(together) == content(alone)
+
+
+def test_tasks_trust_the_verdict_while_all_is_as_it_was(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    asked = sources(tmp_path)
+    asked["train"] = [{**source, "license": "CC-BY-NC-4.0"} for source in asked["train"]]  # type: ignore[attr-defined]
+    recipe = load_recipe(make_recipe(data=asked, use={"purpose": "commercial", "distribute": True}))
+    out = tmp_path / "run"
+    judged = judged_on(recipe, begin(recipe, out))
+    with pytest.raises(GateError):
+        Task(recipe, out, "read")(None)
+    Task(recipe, out, "read", judged)(None, 0, 2)
+    assert len(made_entries(tmp_path / ".retort-cache")) == 2
+    with pytest.raises(GateError):  # what is written is judged by itself
+        Task(recipe, out, "write", judged)(None)
+    write_rows(tmp_path / "3.jsonl", [chat("x?", "y")])
+    with pytest.raises(GateError):
+        Task(recipe, out, "read", judged)(None, 1, 2)
+    assert not (out / "data").exists() and len(made_entries(tmp_path / ".retort-cache")) == 2
 
 
 def test_ray_that_is_missing_is_one_line(make_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_rows
+from test_documents import column, pdf
 from test_pipeline import chat, texts
 
 from data_prep.prepare import prepare
@@ -33,6 +35,13 @@ NASTY = [
     b"\xed\xa0\x80",
     b",",
     b"<",
+]
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}
+ANSWERED = [
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "x", "reasoning_content": "why"},
 ]
 
 
@@ -59,6 +68,16 @@ def originals(folder: Path) -> list[Path]:
     pq.write_table(pa.Table.from_pylist(pairs), folder / "f.parquet", row_group_size=5)
     with pa.output_stream(folder / "k.jsonl.zst", compression="zstd") as stream:
         stream.write(lines)
+    pdf(folder / "l.pdf", column(*texts(8)), column(*texts(8, seed=3)))
+    shapes: dict[str, list[dict[str, Any]]] = {
+        "m.jsonl": [
+            {"conversations": [{"from": "human", "value": t}, {"from": "gpt", "value": "a"}]} for t in texts(10)
+        ],
+        "n.jsonl": [{"instruction": t, "input": "", "output": "b"} for t in texts(10)],
+        "o.jsonl": [{"messages": [{"role": "user", "content": t}, CALL, *ANSWERED]} for t in texts(10)],
+    }
+    for name, records in shapes.items():
+        write_rows(folder / name, records)
     import docx
 
     document = docx.Document()
@@ -91,7 +110,7 @@ def test_damaged_files_end_in_rows_or_in_a_clear_error(make_recipe: Callable[...
     folder = tmp_path / "good"
     folder.mkdir()
     good = originals(folder)
-    assert len(good) == 11
+    assert len(good) == 15
     rng = random.Random(5)
     ends: Counter[str] = Counter()
     train = {"seq_len": 256, "tokens_per_step": 512, "max_steps": 2, "device": "cpu"}
@@ -115,5 +134,8 @@ def test_damaged_files_end_in_rows_or_in_a_clear_error(make_recipe: Callable[...
         dropped = (prepared.folder / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
         assert counts["rows_in"] == counts["rows_out"] + len(dropped)
         assert len(dropped) == sum(counts["dropped"].values())
+        if bad.suffix == ".jsonl":  # counted without the program: none is lost before it is counted
+            lines = bad.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+            assert counts["rows_in"] == sum(bool(line.strip()) for line in lines), bad
         ends["drops" if dropped else "rows"] += 1
     assert ends.total() == FILES and min(ends["error"], ends["drops"], ends["rows"]) > 100, ends

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -337,53 +335,6 @@ def test_an_error_in_a_worker_is_the_first_in_order(
     data = {"train": [{"path": str(p), "limit": 9} for p in paths]}
     with pytest.raises(DataError, match=r"0\.jsonl:2: 'messages' must be a list"):
         run(make_recipe, tmp_path / "run", **data)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from data_prep import cache
-from data_prep.prepare import prepare
-from recipes.load import load_recipe
-
-after, original = int(sys.argv[3]), cache.os.rename
-def rename(*args):
-    global after
-    after -= 1
-    if after < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(*args)
-cache.os.rename = rename
-prepare(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]))
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_preparation_goes_on_where_it_was(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Killed just before the entry after N others is put into its place, for every N: in each step of the work."""
-    rows = [chat(t) for t in texts(300, low=30, high=60)]
-    paths = [write_rows(tmp_path / f"{n}.jsonl", rows[n::2] + rows[:20]) for n in range(2)]
-    steps = ["clean", "exact_dedup", "near_dedup", "decontaminate"]
-    held = write_rows(tmp_path / "held.jsonl", rows[:5])
-    data = {
-        "train": [{"path": str(p), "limit": 2000} for p in paths],
-        "eval": [{"path": str(held)}],
-        "steps": steps,
-        "too_long": "truncate",
-    }
-    whole = run(make_recipe, tmp_path / "whole" / "run", **data)
-    expected, total = content(whole), len(list((tmp_path / "whole" / ".retort-cache").glob("*/*/*/statistics.json")))
-    assert total == 7  # three sources, an index, three tokenised blocks
-    for after in range(total):
-        out = tmp_path / f"killed{after}" / "run"
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(out), str(after)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        done_before = made_entries(out.parent / ".retort-cache")
-        again = prepare(load_recipe(tmp_path / "recipe.yaml"), out)
-        assert content(again) == expected
-        now = made_entries(out.parent / ".retort-cache")
-        assert all(now[path] == when for path, when in done_before.items()), "finished work was redone"
 
 
 def test_a_dropped_row_is_kept_whatever_it_holds(make_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from browser import Browser
 from conftest import run_cli, write_rows
+from run_fixture import write_run
 
 from data_prep.assemble import read_rows
 from data_prep.prepare import Prepared, prepare
 from finetune.charts import bar_chart
 from finetune.data_page import write_data_page
 from finetune.data_rows import differences, read_dropped
+from finetune.report import write_report
 from recipes.errors import DataError
 from recipes.lineage import SEAL, write_manifest
 from recipes.load import load_recipe
@@ -273,3 +275,11 @@ def test_the_page_in_the_browser(browser: Browser, prepared: Prepared, tmp_path:
         browser.open(page, 1280, scheme=scheme)
         colours.append(browser.value("getComputedStyle(document.body).backgroundColor"))
     assert colours == ["rgb(250, 248, 244)", "rgb(20, 23, 27)"]
+
+
+def test_the_report_links_the_page_where_it_is(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    link = '<a href="data.html">'
+    assert link not in write_report(tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "data.html").write_text("<html></html>")
+    assert link in write_report(tmp_path).read_text(encoding="utf-8")

@@ -171,6 +171,9 @@ SAMPLES: dict[str, Callable[[int], tuple[dict[str, Any], str]]] = {
     "data/support-tickets.jsonl": _ticket,
     "google-research-datasets/mbpp": _task,
     "openai/gsm8k": _problem,
+    "zwhe99/DeepMath-103K": _plain(
+        lambda i: {"question": f"{_asked(i)} Of {i + 40} beds, {i}.", "final_answer": f"{i}"}
+    ),
 }
 
 
@@ -192,7 +195,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a few rows of every source of the recipes."""
     made = tmp_path_factory.mktemp("own")
     (made / "data").mkdir()
-    for data in (load_recipe(path).data for path in SIZED):
+    for data in (load_recipe(path).data for path in SHIPPED):
         for source in (*data.train, *(data.eval if isinstance(data.eval, tuple) else ())):
             write_rows(made / here(source), records_of(source))
     return made
@@ -217,6 +220,11 @@ def sampled(path: Path, output: Path) -> Recipe:
         overrides.append(f"data.eval={json.dumps([within_reach(source) for source in data.eval])}")
     else:  # own rows; of a data set on the hub both splits would be the same file
         overrides.append("data.eval={fraction: 0.25}")
+    steps = [step.model_dump(mode="json", exclude_none=True) for step in data.steps]
+    for step in steps:  # without the benchmarks that lie on the hub
+        if "decontaminate" in step:
+            step["decontaminate"]["against"] = ["eval"]
+    overrides.append(f"data.steps={json.dumps(steps)}")
     return load_recipe(path, overrides)
 
 
@@ -353,6 +361,20 @@ def test_rows_of_the_documented_shape_prepare(
         assert all(f'"{key}"' in text for key in sample(0)[0] if key != "task_id")
     if recipe.method.type == "grpo":
         _rewarded(path, recipe, prepared, load_tokenizer(recipe.model))
+
+
+@each([path for path in SHIPPED if path not in SIZED])
+def test_rows_of_the_other_recipes_prepare(
+    path: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    recipe = sampled(path, tmp_path / "run")
+    counts = prepare(recipe, recipe.run_dir).counts
+    given = isinstance(recipe.data.eval, tuple)
+    assert counts["rows_in"] == counts["rows_out"] == (2 * ROWS if given else ROWS)
+    assert counts["eval_rows"] == (ROWS if given else 3)
+    kept = ROWS if given else 9
+    assert counts["train_rows"] == (2 * kept if recipe.method.type == "kto" else kept)
 
 
 def _rewarded(path: Path, recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer) -> None:
