@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 
 from finetune import distributed
-from finetune.layout import Device, ModelFacts, plan_layout, suggested
+from finetune.launch import suggested
+from finetune.layout import Device, ModelFacts, plan_layout
 from recipes.errors import MemoryFitError, RecipeError
 from recipes.load import load_recipe
 
