@@ -1,10 +1,11 @@
 """`retort submit`: the stages of a recipe as dependent Slurm jobs, each a batch script that a person can read and edit.
 
-    prepare -> generate (an array of shards) -> merge -> train -> finish
+    prepare -> generate (an array of shards) -> merge -> train -> finish -> export
 
-Generation is there where the recipe has a teacher. Scripts, logs and the list of jobs lie in RUN_DIR/logs/slurm. Every
-stage is a command that skips what is done, so submitting again goes on where a failed, cancelled or timed-out job left
-off. scripts/slurm/*.sbatch are those of a shipped recipe, made by the same code (`python -m scripts.reference`).
+Generation is there where the recipe has a teacher, export where it says `use`. Scripts, logs and the list of jobs lie
+in RUN_DIR/logs/slurm. Every stage is a command that skips what is done, so submitting again goes on where a failed,
+cancelled or timed-out job left off. scripts/slurm/*.sbatch are those of a shipped recipe, made by the same code
+(`python -m scripts.reference`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from recipes.lineage import read_manifest, read_object, write_atomic
 from recipes.load import load_recipe
 from recipes.schema import Recipe
 from recipes.student import TEACHER
-from scripts.batch import FOLDER, Ask, Place, render, stages
+from scripts.batch import FOLDER, Ask, Place, render, require_time, stages
 
 JOBS = "jobs.json"
 PATIENCE = 60  # seconds that a Slurm command may take to answer
@@ -83,6 +84,7 @@ def _require_sense(recipe: Recipe, path: Path, overrides: Sequence[str], ask: As
     for name in ("nodes", "shards"):
         if getattr(ask, name) < 1:
             raise RecipeError(f"must be at least 1, not {getattr(ask, name)}", f"--{name}")
+    require_time(ask.time)
     if recipe.teacher is None and (ask.vllm or ask.shards > 1):
         raise RecipeError("the recipe has no teacher", "--vllm" if ask.vllm else "--shards", "leave it out")
     if ask.vllm:
