@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if (lost := distributed.lost_peer(error)) is not None:
             distributed.report(lost)
-            return 1
+            return lost.exit_code
         if not out_of_memory(error):
             raise
         remedy = "set model.quantization: nf4, or lower train.tokens_per_step, train.seq_len or eval.max_new_tokens"

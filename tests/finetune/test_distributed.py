@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -198,3 +199,53 @@ def test_a_main_process_that_is_gone_is_not_waited_for_for_ever(run_dir: Path) -
 def test_long_work_outlasts_the_limit_as_long_as_it_gives_signs_of_life(run_dir: Path) -> None:
     found = ended([member(run_dir, rank, "5", RETORT_WAIT_SECONDS="2") for rank in (0, 1, 2)])
     assert [code for code, _, _ in found] == [0, 0, 0], found
+
+
+SPEAKER = """
+import sys, time
+from finetune import distributed
+from recipes.errors import DataError
+
+if sys.argv[1] == "fails":
+    distributed.report(DataError("holds no rows", "rows.jsonl"))
+    sys.exit(4)
+if sys.argv[1] == "late":
+    try:
+        distributed.join("cpu")
+    except RuntimeError as error:
+        lost = distributed.lost_peer(error)
+        assert lost is not None, repr(error)
+        distributed.report(lost)
+        sys.exit(lost.exit_code)
+distributed.report(distributed.lost_peer(RuntimeError("Connection closed by peer [127.0.0.1]:1")))
+"""
+
+
+def speaker(rank: int, words: str, temporary: Path, **env: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "TMPDIR": str(temporary), **env}
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", SPEAKER, words]
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+
+
+def test_a_failure_elsewhere_is_said_once_and_leaves_no_file(tmp_path: Path) -> None:
+    """The process that failed says why; the one whose exchange broke adds nothing, and takes the file away."""
+    (tmp_path / f"{distributed.SAID}{os.getuid()}-1-1").write_text("")  # of a launcher that ended long ago
+    (failed,) = ended([speaker(1, "fails", tmp_path)])
+    assert failed == (4, "", "error: rows.jsonl: holds no rows")
+    assert [path.name.split("-")[3] for path in tmp_path.iterdir()] == [str(os.getpid())]
+    (lost,) = ended([speaker(0, "lost", tmp_path)])
+    assert lost == (0, "", "") and list(tmp_path.iterdir()) == []
+    killed = ended([speaker(0, "lost", tmp_path)])  # where nobody else can say it, it does
+    assert "the connection to another process was lost" in killed[0][2]
+
+
+def test_a_peer_that_does_not_come_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0", "RETORT_COLLECTIVE_SECONDS": "1"}
+    ((code, _, said),) = ended([speaker(0, "late", tmp_path, **meeting)])
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(lines) == 1 and "another process did not come" in lines[0], said
+    assert "Traceback" not in said
