@@ -2,9 +2,59 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import recipes
 from finetune import distributed
-from finetune.layout import MEMORY_SHARE, Device, ModelFacts, fixed_bytes, per_token
+from finetune.cards import first_card
+from finetune.layout import MEMORY_SHARE, Device, ModelFacts, find_device, fixed_bytes, per_token
+from recipes.errors import RecipeError
 from recipes.schema import Recipe
+
+FILES = Path(recipes.__file__).parent / "accelerate"
+ASSUMED = 80  # GiB of a card that nobody has said anything of
+
+
+def asked_device(recipe: Recipe, gpus: int | None, card_memory: float | None = None) -> Device:
+    """The device of a run elsewhere, on nodes with so many cards each; of a run here where `gpus` is None.
+
+    Args:
+        card_memory: GiB of a card; None: that of the first card of this machine, without one ASSUMED.
+
+    Raises:
+        RecipeError: as `find_device`; the recipe trains on processors, and cards are asked for.
+    """
+    if not gpus:
+        return find_device(recipe.train.device if gpus is None else "cpu")
+    if recipe.train.device == "cpu":
+        raise RecipeError("the recipe trains on processors (train.device: cpu)", "--gpus", "leave one of them out")
+    here = first_card() if card_memory is None else None
+    if here is not None:
+        return Device("cuda", here.memory_bytes, here.name)
+    memory = card_memory or ASSUMED
+    said = "" if card_memory else " (assumed; --card-memory says)"
+    return Device("cuda", round(memory * 2**30), f"a card of {memory:g} GiB{said}")
+
+
+@contextmanager
+def launched(name: str, world: int) -> Iterator[None]:
+    """Within it layout and checks answer as in a process of a launch with that file, on so many devices."""
+    cut = name.startswith("fsdp2")
+    made = {
+        "WORLD_SIZE": str(world),
+        "ACCELERATE_USE_FSDP": str(cut).lower(),
+        "FSDP_OFFLOAD_PARAMS": str(name.endswith("offload")).lower(),
+    }
+    before = {key: os.environ.get(key) for key in made}
+    os.environ.update(made)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 def suggested(recipe: Recipe, device: Device, world: int, facts: ModelFacts) -> tuple[str, str]:

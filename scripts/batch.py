@@ -59,7 +59,8 @@ class Ask:
         container: an image: of Apptainer where it ends in .sif, else of pyxis (`srun --container-image`).
         shards: jobs that share the teacher's prompts.
         vllm: each of them starts a vLLM server of its own on its node.
-        config_file: of `accelerate launch`, such as recipes/accelerate/fsdp2.yaml.
+        config_file: of `accelerate launch`, such as recipes/accelerate/fsdp2.yaml; None: the one that suits.
+        card_memory: GiB of a card, by which that is told; None: see `asked_device` of finetune/launch.py.
         more: further options of sbatch, such as --qos=high.
     """
 
@@ -76,6 +77,7 @@ class Ask:
     vllm: bool = False
     config_file: str | None = None
     more: tuple[str, ...] = ()
+    card_memory: float | None = None
 
 
 @dataclass(frozen=True)

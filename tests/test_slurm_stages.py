@@ -94,7 +94,7 @@ def test_shipped_scripts_are_rendered_by_the_same_code() -> None:
 
 
 def test_what_is_asked_is_in_the_scripts(make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    path = make_recipe()
+    path = make_recipe(train={**TRAIN, "device": "auto"})
     monkeypatch.chdir(path.parent)
     ask = Ask(nodes=2, gpus=4, time="1:00:00", partition="p q", account="a", cpus=8, memory="64G", modules=("cuda/12",))
     text = submit(path, ["seed=7"], ask, dry_run=True)
@@ -175,7 +175,7 @@ def test_accelerate_understands_what_starts_several_cards(make_recipe: Callable[
     """No cards here: what the script would start on each of two nodes is read by accelerate's own parser."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    script = submit(make_recipe(), (), Ask(nodes=2, gpus=4), dry_run=True)
+    script = submit(make_recipe(train={**TRAIN, "device": "auto"}), (), Ask(nodes=2, gpus=4), dry_run=True)
     script = script[script.index("# One launcher a node") : script.index("# Launchers hide")]
     values = {"SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "1", "head": "h", "port": "1", "recipe": "r.yaml"}
     shown = 'run() { shift 4; "$@"; }\npython=printf\noptions=(--set a=b)\ninside=()\n' + script.replace(

@@ -17,9 +17,11 @@ from conftest import ROOT
 
 from finetune import distributed
 from finetune.launch import suggested
-from finetune.layout import Device, ModelFacts, plan_layout
+from finetune.layout import Device, ModelFacts, fixed_bytes, model_facts, per_token, plan_layout
 from recipes.errors import MemoryFitError, RecipeError
 from recipes.load import load_recipe
+from recipes.refs import require_model_folder
+from recipes.schema import Recipe
 
 FILES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 SEVEN_B = ModelFacts(7_000_000_000, 32, 4096, 11008, 32000)
@@ -249,3 +251,47 @@ def test_a_peer_that_does_not_come_is_one_line(tmp_path: Path) -> None:
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(lines) == 1 and "another process did not come" in lines[0], said
     assert "Traceback" not in said
+
+
+def test_plan_and_submit_take_the_file_that_suits(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card too small for a whole copy of the tiny model and large enough for a share of it, and one for all."""
+    from scripts.batch import Ask
+    from scripts.plan import describe, make_plan
+    from scripts.slurm import submit
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    path = make_recipe(train={"tokens_per_step": 1024, "seq_len": 128, "max_steps": 6})
+    monkeypatch.chdir(path.parent)
+    recipe = load_recipe(path)
+    assert make_plan(recipe)["launch"] is None and "WORLD_SIZE" not in os.environ
+    made = make_plan(recipe, gpus=2, nodes=2, card_memory=80)
+    assert (made["launch"]["processes"], made["launch"]["file"]) == (4, "ddp")
+    assert made["layout"]["world_size"] == 4 and made["device"]["name"] == "a card of 80 GiB"
+    line = next(line for line in describe(made) if line.startswith("launch "))
+    assert line.startswith("launch   4 processes, recipes/accelerate/ddp.yaml: a whole copy needs about ")
+    text = submit(path, (), Ask(nodes=2, gpus=2), dry_run=True)
+    assert "--multi_gpu" in text and "# launch: recipes/accelerate/ddp.yaml, as a whole copy needs" in text
+
+    monkeypatch.setattr("finetune.layout.MEMORY_SHARE", 1.0)
+    monkeypatch.setattr("finetune.launch.MEMORY_SHARE", 1.0)
+    whole, share = (need(recipe, parts) for parts in (1, 8))
+    assert share < whole
+    small = (whole + share) / 2 / 2**30
+    assert make_plan(recipe, gpus=8, card_memory=small)["launch"]["file"] == "fsdp2"
+    text = submit(path, (), Ask(gpus=8, card_memory=small), dry_run=True)
+    assert f"--config_file {path.parent}/run/logs/slurm/fsdp2.yaml" in text and "--multi_gpu" not in text
+    mine = submit(path, (), Ask(gpus=8, card_memory=small, config_file="my.yaml"), dry_run=True)
+    assert "--config_file my.yaml" in mine and "# launch:" not in mine, "what the user names is taken"
+    with pytest.raises(RecipeError, match=r"train\.eval_every: rows cannot be measured while training on cut weights"):
+        submit(path, ["train.eval_every=3"], Ask(gpus=8, card_memory=small), dry_run=True)
+    with pytest.raises(RecipeError, match="--gpus: the recipe trains on processors"):
+        submit(path, ["train.device=cpu"], Ask(gpus=8), dry_run=True)
+
+
+def need(recipe: Recipe, parts: int) -> int:
+    """Bytes that a card needs for its part of a recipe's base."""
+    facts = model_facts(require_model_folder(recipe.model.ref, "model.base"))
+    row = recipe.train.seq_len * per_token(recipe, CARD, facts, True)
+    return row + fixed_bytes(recipe, CARD, facts, parts)
