@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune import distributed
 from finetune.arguments import check_names
+from finetune.cards import count_cards
 from finetune.launch import asked_device, launched, suggested
 from finetune.layout import Device, Layout, ModelFacts, model_facts, plan_layout, refuse_impossible
 from finetune.run_files import duties_of
@@ -27,7 +28,8 @@ def make_plan(
     """One object with everything that `retort plan` prints.
 
     Args:
-        gpus: cards on each of the nodes; None: one process on this machine. card_memory: GiB; see `asked_device`.
+        gpus: cards on each of the nodes; None: one process here, and what suits all cards of this machine.
+        card_memory: GiB of a card; see `asked_device`.
 
     Raises:
         RecipeError: a folder or file that the recipe names is not what it should be; train.extra holds what the
@@ -41,8 +43,9 @@ def make_plan(
     facts = model_facts(folder) if folder is not None else None
     student = student_recipe(recipe, recipe.run_dir)
     data = _data(recipe, student)
-    launch = suggested(student, device, world, facts) if facts is not None and world > 1 else None
-    with launched(launch[0] if launch is not None else "ddp", world):
+    cards = world if gpus is not None or device.kind != "cuda" else count_cards()
+    launch = suggested(student, device, cards, facts) if facts is not None and cards > 1 else None
+    with launched(launch[0] if launch is not None and gpus is not None else "ddp", world):
         distributed.check_launch(student, device.kind)
         layout = _layout(student, device, facts, data, world)
     return {
@@ -61,7 +64,7 @@ def make_plan(
         "teacher": _teacher(recipe),
         "data": data,
         "layout": layout.as_dict() if layout else None,
-        "launch": {"processes": world, "file": launch[0], "reason": launch[1]} if launch is not None else None,
+        "launch": {"processes": cards, "file": launch[0], "reason": launch[1]} if launch is not None else None,
         "device": {"kind": device.kind, "name": device.name, "memory_bytes": device.memory_bytes},
     }
 
@@ -210,7 +213,7 @@ def describe(plan: dict[str, Any]) -> list[str]:
         lines.append("steps    not known before the rows are counted, nor are tokens and layout: `retort prepare` does")
     if launch := plan["launch"]:
         lines.append(
-            f"launch   {launch['processes']} processes, recipes/accelerate/{launch['file']}.yaml: {launch['reason']}"
+            f"launch   on {launch['processes']} cards: recipes/accelerate/{launch['file']}.yaml, as {launch['reason']}"
         )
     lines.append(f"output   {plan['output']}")
     return lines

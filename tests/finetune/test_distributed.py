@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 
 from finetune import distributed
+from finetune.cards import count_cards
 from finetune.launch import suggested
 from finetune.layout import Device, ModelFacts, fixed_bytes, model_facts, per_token, plan_layout
 from recipes.errors import MemoryFitError, RecipeError
@@ -270,7 +271,7 @@ def test_plan_and_submit_take_the_file_that_suits(
     assert (made["launch"]["processes"], made["launch"]["file"]) == (4, "ddp")
     assert made["layout"]["world_size"] == 4 and made["device"]["name"] == "a card of 80 GiB"
     line = next(line for line in describe(made) if line.startswith("launch "))
-    assert line.startswith("launch   4 processes, recipes/accelerate/ddp.yaml: a whole copy needs about ")
+    assert line.startswith("launch   on 4 cards: recipes/accelerate/ddp.yaml, as a whole copy needs about ")
     text = submit(path, (), Ask(nodes=2, gpus=2), dry_run=True)
     assert "--multi_gpu" in text and "# launch: recipes/accelerate/ddp.yaml, as a whole copy needs" in text
 
@@ -288,6 +289,20 @@ def test_plan_and_submit_take_the_file_that_suits(
         submit(path, ["train.eval_every=3"], Ask(gpus=8, card_memory=small), dry_run=True)
     with pytest.raises(RecipeError, match="--gpus: the recipe trains on processors"):
         submit(path, ["train.device=cpu"], Ask(gpus=8), dry_run=True)
+
+
+def test_the_cards_of_this_machine_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho NVIDIA H100\necho NVIDIA H100\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert count_cards() == 0, "a driver that cannot be run"
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert count_cards() == 2
+    for visible, wanted in (("0,3,5", 3), ("", 0), ("-1", 0), ("1,-1,2", 1), ("GPU-1a, GPU-2b", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert count_cards() == wanted, visible
 
 
 def need(recipe: Recipe, parts: int) -> int:
