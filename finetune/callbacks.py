@@ -214,6 +214,7 @@ class Metrics(TrainerCallback):
         self.started = time.monotonic()
         self.before = {"seconds": 0.0, "tokens_seen": 0}  # by interrupted attempts at the same run
         self.last = (self.started, 0)
+        self.newest: dict[str, Any] = {}  # the last line of training
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -230,8 +231,8 @@ class Metrics(TrainerCallback):
         logs = logs or {}
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        entry = {"step": state.global_step, **self._training_entry(state, logs), **watched(logs)}
-        self.add(entry)
+        self.newest = {"step": state.global_step, **self._training_entry(state, logs), **watched(logs)}
+        self.add(self.newest)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append a line, and pass it on to the dashboard."""
@@ -259,17 +260,22 @@ class Metrics(TrainerCallback):
         }
 
 
-def _headline(logs: dict[str, Any]) -> str:
-    """The numbers to watch while a run goes on: the loss, and of preferences and rewards what says more than it."""
-    seen = watched(logs)
-    more = [f"  {name.replace('_', ' ')} {seen[name]:.3f}" for name in ("reward", "reward_accuracy") if name in seen]
-    return f"loss {logs['loss']:.4f}{''.join(more)}"
+def _headline(entry: dict[str, Any]) -> str:
+    """What to watch of a line of metrics: loss, and of preferences and rewards what says more; speed, peak memory."""
+    more = [f"  {name.replace('_', ' ')} {entry[name]:.3f}" for name in ("reward", "reward_accuracy") if name in entry]
+    speed, memory = entry["tokens_per_second"], entry["memory_bytes"] / 2**30
+    return f"loss {entry['loss']:.4f}{''.join(more)}  {speed:,.0f} tokens/s  {memory:.1f} GiB"
 
 
 class Progress(TrainerCallback):
-    """A progress bar on a terminal; elsewhere about forty plain lines over the run."""
+    """A progress bar on a terminal; elsewhere about forty plain lines over the run.
 
-    def __init__(self) -> None:
+    Args:
+        metrics: whose numbers are shown; it must hear of a step first.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
         self.bar: Any = None
         self.task: Any = None
         self.started = time.monotonic()
@@ -291,11 +297,12 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         step, total = state.global_step, state.max_steps
+        said = _headline(self.metrics.newest)
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, note=_headline(logs))
+            self.bar.update(self.task, completed=step, note=said)
         elif step % max(1, total // 40) == 0 or step in {self.first + 1, total}:
             left = (time.monotonic() - self.started) / max(1, step - self.first) * (total - step)
-            print(f"step {step}/{total}  {_headline(logs)}  about {left:.0f} s left", flush=True)
+            print(f"step {step}/{total}  {said}  about {left:.0f} s left", flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

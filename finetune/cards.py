@@ -42,6 +42,21 @@ def first_card() -> Card | None:
         return None
 
 
+def count_cards() -> int:
+    """How many cards this process may see, by CUDA_VISIBLE_DEVICES or else by the driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        # What comes after an entry that is none is hidden too.
+        return next((i for i, name in enumerate(names) if not name or name.startswith("-")), len(names))
+    try:
+        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return len(said.splitlines())
+
+
 def require_torch(card: str) -> None:
     """Refuse a card that torch cannot use. Torch is asked itself where it is loaded, else its build is looked at.
 

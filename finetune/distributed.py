@@ -7,7 +7,7 @@ files are in recipes/accelerate/; docs/distributed.md says what each is for.
 from __future__ import annotations
 
 import atexit
-import hashlib
+import fcntl
 import json
 import os
 import secrets
@@ -212,6 +212,7 @@ def _wait(place: Path, name: str, what: str) -> None:
 def join(device: str) -> None:
     """Start the process group, with our timeout: everything long that one process does alone is behind it."""
     if world() > 1:
+        forget_launchers()
         from accelerate import PartialState
 
         PartialState(cpu=device != "cuda", timeout=timedelta(seconds=float(os.environ.get(COLLECTIVE, "1800"))))
@@ -219,39 +220,74 @@ def join(device: str) -> None:
 
 # --- errors ---------------------------------------------------------------------------------------------------------
 
+SAID = "retort-said-"  # what the processes of one launcher have said: a file of the node's, named by the launcher
+
+
+class LostPeer(RetortError):
+    """An exchange broke because another process ended or hangs, which says more about it than this one can."""
+
 
 def report(message: object) -> None:
     """Print an error once for all processes that a launcher started on this node."""
-    if isinstance(message, Elsewhere) or (world() > 1 and not _claim(str(message))):
-        return
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    silent = isinstance(message, Elsewhere)
+    if world() > 1:
+        silent |= not _claim("" if silent else str(message), last=isinstance(message, LostPeer))
+    if not silent:
+        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
-def _claim(text: str) -> bool:
-    """Whether this process is the first of its launcher's to say this. The launcher is told by number and start."""
+def _claim(text: str, last: bool = False) -> bool:
+    """Whether this process is the first of its launcher's to say this, or with `last` anything at all.
+
+    The last process to come here takes the file away. Where one was killed nobody is the last: then the next launcher
+    whose processes meet (`join`) or fail does.
+    """
     parent = os.getppid()
+    path = Path(tempfile.gettempdir()) / f"{SAID}{os.getuid()}-{parent}-{_started(parent)}"
+    forget_launchers()
     try:
-        started = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        started = ""
-    key = hashlib.sha256(f"{os.getuid()} {parent} {started} {text}".encode()).hexdigest()[:24]
-    try:
-        os.close(os.open(Path(tempfile.gettempdir()) / f"retort-said-{key}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        return False
-    except OSError:
+        file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(file, "r+", encoding="utf-8") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            before = [json.loads(line) for line in stream]
+            stream.write(json.dumps({"rank": rank(), "text": text}) + "\n")
+            if len({line["rank"] for line in before} | {rank()}) >= int(os.environ.get("LOCAL_WORLD_SIZE", world())):
+                path.unlink()
+    except (OSError, ValueError, KeyError):
         return True  # rather twice than never
-    return True
+    said = {line["text"] for line in before} - {""}
+    return not said if last else text not in said
 
 
-def lost_peer(error: BaseException) -> str | None:
-    """The one line for a collective that broke because another process ended or hangs; None for other errors."""
+def forget_launchers() -> None:
+    """Remove what the processes of launchers that have ended said."""
+    for path in Path(tempfile.gettempdir()).glob(f"{SAID}{os.getuid()}-*"):
+        number, _, started = path.name.removeprefix(f"{SAID}{os.getuid()}-").partition("-")
+        if _started(number) != started:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _started(process: int | str) -> str:
+    """When a process of this node began, in the kernel's ticks, as its number may be given again; empty if none is."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def lost_peer(error: BaseException) -> LostPeer | None:
+    """The one line for an exchange that broke because another process ended or hangs; None for other errors."""
     text = str(error)
     if world() > 1:
         if any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
-            return "the connection to another process was lost: it failed, or it was killed; its own message says why"
-        if type(error).__name__ == "DistBackendError" or "Timed out waiting" in text:
-            return f"another process did not answer in time or failed ({COLLECTIVE} sets how long to wait)"
+            says = "the connection to another process was lost: it failed, or it was killed; its own message says why"
+            return LostPeer(says)
+        if type(error).__name__ in {"DistBackendError", "DistStoreError", "DistNetworkError"} or any(
+            sign in text for sign in ("Timed out waiting", "wait timeout after")
+        ):
+            says = "another process did not come, did not answer in time or failed"
+            return LostPeer(f"{says} ({COLLECTIVE} sets how long to wait)")
     return None
 
 

@@ -24,6 +24,7 @@ from recipes.schema_method import GRPO, DistillOnPolicy
 
 CPU_FORWARD_TOKENS = 8192  # more in one forward only spills the processor's caches
 MEMORY_SHARE = 0.85  # of the device; the rest is for the allocator, kernels and other processes
+STEP_TOLERANCE = 0.2  # of train.tokens_per_step, for whole rows of which every device takes as many: two always go
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def plan_layout(
         packs: packed sequences that the rows make; estimated where None.
 
     Raises:
-        RecipeError: see `refuse_impossible`.
+        RecipeError: see `refuse_impossible`; so many devices cannot share out a step of train.tokens_per_step.
         MemoryFitError: not even one row fits with gradient checkpointing.
     """
     train = recipe.train
@@ -181,13 +182,13 @@ def plan_layout(
         tokens = rows * mean_tokens
         rows = packs or max(1, math.ceil(tokens / (train.seq_len * 0.97)))  # best-fit packing fills about 97 %
         per_row = tokens / rows
-    per_device = max(1, round(train.tokens_per_step / per_row / world_size))
+    wanted = train.tokens_per_step / per_row
+    per_device = max(1, round(wanted / world_size))
+    if world_size > 1 and rows >= wanted:
+        _require_step(per_device, world_size, wanted, per_row, unit)
     per_device = min(per_device, max(1, math.ceil(rows / world_size)))
     room, checkpointing = _forward_tokens(recipe, device, facts, wanted=per_device * width)
-    if train.micro_batch is not None:
-        micro, accumulation = train.micro_batch, max(1, round(per_device / train.micro_batch))
-    else:
-        micro, accumulation = _cut(per_device, max(1, min(per_device, room // width)))
+    micro, accumulation = _forwards(train.micro_batch, per_device, room // width)
     steps, epochs = _steps(recipe, math.ceil(rows / (micro * world_size)), accumulation)
     per_step = micro * accumulation * world_size
     return Layout(
@@ -269,7 +270,7 @@ def _plan_groups(
 def _require_cache(recipe: Recipe, device: Device, facts: ModelFacts, tokens: int) -> None:
     """Refuse a step whose completions, all written at once, do not fit beside the weights."""
     width = 4 if compute_dtype(recipe, device) == "float32" else 2
-    need = _fixed_bytes(recipe, device, facts) + tokens * facts.cached * width
+    need = fixed_bytes(recipe, device, facts) + tokens * facts.cached * width
     if need > device.memory_bytes * MEMORY_SHARE:
         have = device.memory_bytes / 2**30
         raise MemoryFitError(
@@ -277,6 +278,35 @@ def _require_cache(recipe: Recipe, device: Device, facts: ModelFacts, tokens: in
             "method.prompts_per_step",
             "lower prompts_per_step, generations or max_new_tokens",
         )
+
+
+def _require_step(per_device: int, devices: int, wanted: float, per_row: float, unit: str) -> None:
+    """Refuse devices that cannot share out a step, of `wanted` rows: one of another size is another training."""
+    if abs(per_device * devices - wanted) <= STEP_TOLERANCE * wanted:
+        return
+    misses = {n: abs(max(1, round(wanted / n)) * n - wanted) for n in range(1, devices)}
+    fewer = max(n for n in misses if n == 1 or misses[n] <= STEP_TOLERANCE * wanted)
+    larger = math.ceil(math.ceil(wanted / devices) * devices * per_row)
+    raise RecipeError(
+        f"{devices} devices cannot share out a step of {wanted:.1f} {unit} (about {per_row:,.0f} tokens each): with "
+        f"{per_device} on each it would be of {per_device * devices * per_row:,.0f} tokens",
+        "train.tokens_per_step",
+        f"start {fewer} device{'s' if fewer > 1 else ''}, or raise it to {larger}",
+    )
+
+
+def _forwards(pinned: int | None, rows: int, room: int) -> tuple[int, int]:
+    """Micro-batch and accumulation for `rows` of a device's step; at most `room` rows fit into a forward.
+
+    train.micro_batch (`pinned`) is kept where it makes about the step; where the device's share is smaller than it, or
+    no multiple of it, the forwards become smaller, and the step stays.
+    """
+    if pinned is None:
+        return _cut(rows, max(1, min(rows, room)))
+    accumulation = max(1, round(rows / pinned))
+    if abs(pinned * accumulation - rows) <= STEP_TOLERANCE / 2 * rows:
+        return pinned, accumulation
+    return _cut(rows, min(rows, pinned))
 
 
 def _cut(rows: int, most: int) -> tuple[int, int]:
@@ -301,12 +331,12 @@ def _forward_tokens(recipe: Recipe, device: Device, facts: ModelFacts | None, wa
     cap = CPU_FORWARD_TOKENS if device.kind == "cpu" else 1 << 30
     if facts is None:
         return cap, pinned is True
-    free = device.memory_bytes * MEMORY_SHARE - _fixed_bytes(recipe, device, facts)
-    fits = {c: int(max(0, free) // _per_token(recipe, device, facts, c)) for c in (False, True)}
+    free = device.memory_bytes * MEMORY_SHARE - fixed_bytes(recipe, device, facts)
+    fits = {c: int(max(0, free) // per_token(recipe, device, facts, c)) for c in (False, True)}
     checkpointing = pinned if pinned != "auto" else fits[False] < min(wanted, 4096)
     shortest = min(recipe.train.seq_len, wanted)
     if recipe.train.micro_batch is None and fits[bool(checkpointing)] < shortest and fits[True] < shortest:
-        need = (_fixed_bytes(recipe, device, facts) + shortest * _per_token(recipe, device, facts, True)) / 2**30
+        need = (fixed_bytes(recipe, device, facts) + shortest * per_token(recipe, device, facts, True)) / 2**30
         remedy = "shorten train.seq_len" if recipe.model.quantization == "nf4" else "set model.quantization: nf4"
         have = device.memory_bytes / 2**30
         raise MemoryFitError(f"one row needs about {need:.1f} GiB, {device.name} has {have:.1f}", "train", remedy)
@@ -317,37 +347,10 @@ def _estimate(recipe: Recipe, device: Device, facts: ModelFacts | None, tokens: 
     """Bytes of training with so many padded tokens in a forward; None where the base is not known."""
     if facts is None:
         return None
-    return _fixed_bytes(recipe, device, facts) + tokens * _per_token(recipe, device, facts, checkpointing)
+    return fixed_bytes(recipe, device, facts) + tokens * per_token(recipe, device, facts, checkpointing)
 
 
-def suggested(recipe: Recipe, device: Device, world: int, facts: ModelFacts) -> tuple[str, str]:
-    """The file of recipes/accelerate/ that suits a recipe on so many devices, and why, in words.
-
-    Whole copies (DDP) exchange least, so they are taken where they fit; else the weights are cut, and last they wait in
-    the memory of the node. ZeRO-3 is never suggested: it does the same as FSDP2 with one more dependency.
-    """
-    if device.kind != "cuda" or world == 1:
-        return "ddp", "each process holds all"
-    row = recipe.train.seq_len * (2 if recipe.method.kinds == ("preference",) else 1)
-    working, have = row * _per_token(recipe, device, facts, True), device.memory_bytes * MEMORY_SHARE
-    gib = {n: (working + _fixed_bytes(recipe, device, facts, n)) / 2**30 for n in (1, world)}
-    room = f"of the {device.memory_bytes / 2**30:.0f} GiB of a card"
-    if gib[1] * 2**30 <= have:
-        return "ddp", f"a whole copy needs about {gib[1]:.0f} {room}"
-    if gib[world] * 2**30 <= have:
-        name = "fsdp2-qlora" if recipe.model.quantization == "nf4" else "fsdp2"
-        return name, f"a whole copy needs about {gib[1]:.0f}, a share {gib[world]:.0f} {room}"
-    return "fsdp2-offload", f"even a share needs about {gib[world]:.0f} {room}"
-
-
-def describe_launch(recipe: Recipe, device: Device, facts: ModelFacts) -> str:
-    """One line: how this launch shares the work, and which ready file suits it."""
-    name, reason = suggested(recipe, device, distributed.world(), facts)
-    now = distributed.sharding() or "whole copies (ddp)"
-    return f"launch: {now}; recipes/accelerate/{name}.yaml suits {distributed.world()} such devices: {reason}"
-
-
-def _fixed_bytes(recipe: Recipe, device: Device, facts: ModelFacts, cut: int | None = None) -> int:
+def fixed_bytes(recipe: Recipe, device: Device, facts: ModelFacts, cut: int | None = None) -> int:
     """Weights, gradients and optimiser states that a device holds, in bytes.
 
     Args:
@@ -364,7 +367,7 @@ def _fixed_bytes(recipe: Recipe, device: Device, facts: ModelFacts, cut: int | N
 
 
 def _whole_bytes(recipe: Recipe, device: Device, facts: ModelFacts) -> int:
-    """As `_fixed_bytes`, of a device that holds all."""
+    """As `fixed_bytes`, of a device that holds all."""
     width = 4 if compute_dtype(recipe, device) == "float32" else 2
     embeddings = 2 * facts.vocabulary * facts.hidden
     if recipe.model.quantization == "nf4":
@@ -389,7 +392,7 @@ def _teacher_bytes(recipe: Recipe, width: int) -> int:
     return round((0.57 if recipe.teacher.engine.options.quantization == "nf4" else width) * facts.parameters)
 
 
-def _per_token(recipe: Recipe, device: Device, facts: ModelFacts, checkpointing: bool) -> int:
+def per_token(recipe: Recipe, device: Device, facts: ModelFacts, checkpointing: bool) -> int:
     """Activation bytes of one token: a layer keeps about 18 hidden-sized and 4 MLP-sized tensors for the backward."""
     width = 4 if compute_dtype(recipe, device) == "float32" else 2
     layer = width * (18 * facts.hidden + 4 * facts.intermediate)

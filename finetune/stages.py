@@ -236,7 +236,7 @@ def build(
     copies = path_of(recipe.train.copy_checkpoints) if recipe.train.copy_checkpoints else None
     preemption = Preemption(folder, getattr(recipe.method, "iterations", 1))
     checked = AdapterCheck(folder / "adapter_check")
-    watch = Watch(checked, metrics, Progress(), guarding, finite, selection, checkpoint, preemption)
+    watch = Watch(checked, metrics, Progress(metrics), guarding, finite, selection, checkpoint, preemption)
     seal = Seal(recipe.train.keep_checkpoints, copies)
     callbacks: list[Any] = [metrics, watch.progress, finite, watch.adapter, guarding, seal, preemption]
     if recipe.method.type == "grpo":

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if (lost := distributed.lost_peer(error)) is not None:
             distributed.report(lost)
-            return 1
+            return lost.exit_code
         if not out_of_memory(error):
             raise
         remedy = "set model.quantization: nf4, or lower train.tokens_per_step, train.seq_len or eval.max_new_tokens"
@@ -70,7 +70,8 @@ def train(asked: Recipe, opened: Any, verdict: Verdict, assets: Sequence[Asset])
     from data_prep.held_out import choose_rows
     from data_prep.prepare import prepare
     from data_prep.tokens import fetch
-    from finetune.layout import describe_launch, find_device, model_facts, refuse_impossible
+    from finetune.launch import describe_launch
+    from finetune.layout import find_device, model_facts, refuse_impossible
     from recipes.refs import require_model_folder
     from recipes.signing import require_signature
 

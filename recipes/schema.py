@@ -204,7 +204,8 @@ class Train(Section):
     )
     packing: Bool = Field(False, description="fill sequences with several rows that never attend to each other")
     micro_batch: Count | None = Field(
-        None, description="rows (packed: sequences) per device and forward; default derived"
+        None,
+        description="rows (packed: sequences) per device and forward, fewer for a small step; default derived",
     )
     gradient_checkpointing: Literal["auto"] | Bool = Field("auto", description="recompute activations to save memory")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: an NVIDIA card where one answers")

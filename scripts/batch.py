@@ -6,10 +6,12 @@ another, is passed on to it; the job then goes back into the queue and on from w
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.errors import RecipeError
 from recipes.load import load_recipe
 from recipes.refs import parse_ref
 from recipes.schema import Recipe
@@ -17,6 +19,34 @@ from recipes.schema import Recipe
 FOLDER = Path("logs") / "slurm"  # of a run directory
 WARNING = 120  # seconds before the time limit (or a preemption) at which Slurm warns
 REQUEUES = 100  # a job too short for a single step would else come back for ever
+
+
+_TIMES = (  # as sbatch takes a limit
+    re.compile(r"(?P<minutes>\d+)(:(?P<seconds>\d+))?"),
+    re.compile(r"(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+)"),
+    re.compile(r"(?P<days>\d+)-(?P<hours>\d+)(:(?P<minutes>\d+)(:(?P<seconds>\d+))?)?"),
+)
+
+
+def require_time(text: str) -> None:
+    """Refuse a time limit that leaves no time to work between the start of a job and its warning.
+
+    Raises:
+        RecipeError: it is no time as sbatch takes it, or not above twice WARNING.
+    """
+    if text.lower() in {"infinite", "unlimited"}:
+        return
+    match = next((found for form in _TIMES if (found := form.fullmatch(text))), None)
+    if match is None:
+        raise RecipeError(f"'{text}' is no time limit", "--time", "write it as hours:minutes:seconds, or days-hours")
+    units = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+    seconds = sum(int(number) * units[unit] for unit, number in match.groupdict(default="0").items())
+    if seconds <= 2 * WARNING:
+        raise RecipeError(
+            f"{text} is {seconds} s, and the warning comes {WARNING} s before the end: no time to work",
+            "--time",
+            f"ask for more than {2 * WARNING // 60} minutes",
+        )
 
 
 @dataclass(frozen=True)
@@ -29,7 +59,8 @@ class Ask:
         container: an image: of Apptainer where it ends in .sif, else of pyxis (`srun --container-image`).
         shards: jobs that share the teacher's prompts.
         vllm: each of them starts a vLLM server of its own on its node.
-        config_file: of `accelerate launch`, such as recipes/accelerate/fsdp2.yaml.
+        config_file: of `accelerate launch`, such as recipes/accelerate/fsdp2.yaml; None: the one that suits.
+        card_memory: GiB of a card, by which that is told; None: see `asked_device` of finetune/launch.py.
         more: further options of sbatch, such as --qos=high.
         serve: further options of that server, such as --max-model-len=32768.
     """
@@ -48,6 +79,7 @@ class Ask:
     config_file: str | None = None
     more: tuple[str, ...] = ()
     serve: tuple[str, ...] = ()
+    card_memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +103,7 @@ HEAD = """\
 # By hand: mkdir -p {logs}; sbatch --dependency=afterok:JOB THIS_FILE, with the job of the stage before.
 {directives}
 set -uo pipefail
-{modules}python={python}
+python={python}
 recipe={recipe}
 options=({options})
 run_dir={run_dir}
@@ -84,7 +116,7 @@ trap 'code=$?; echo "$code" > "$end"; exit "$code"' EXIT
 job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 job=${{job:-$SLURM_JOB_ID}}
 echo "--- job $job, start $((${{SLURM_RESTART_COUNT:-0}} + 1)), on $(hostname), $(date)"
-requeue() {{ # unless somebody cancelled it, or it came back too often
+{modules}requeue() {{ # unless somebody cancelled it, or it came back too often
     [ "$(squeue -h -j "$job" -o %T)" = RUNNING ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ] &&
         echo "job $job goes back into the queue" && scontrol requeue "$job" && sleep 600
 }}
@@ -183,7 +215,11 @@ def stages(recipe: Recipe, ask: Ask, place: Place) -> list[Stage]:
     found.append(Stage("train", "the model is trained, measured and reported on", _train(ask), ask.nodes, ask.gpus))
     show = '"${inside[@]}" "$python" -m scripts.cli status "$run_dir"'
     last = f'run {cli} verify "$run_dir"\n[ "$code" -eq 0 ] && run {show}\n'
-    return [*found, Stage("finish", "every file is checked, and the result printed", last)]
+    found.append(Stage("finish", "every file is checked, and the result printed", last))
+    if recipe.use is not None:  # a stage of its own: what the gate refuses here says nothing against the run
+        hand_over = f'run {cli} export "$recipe" "${{options[@]}}"\n'
+        found.append(Stage("export", "the model is handed over with its papers", hand_over))
+    return found
 
 
 def _server(recipe: Recipe, ask: Ask, log: str) -> str:
@@ -233,7 +269,7 @@ def render(stage: Stage, ask: Ask, place: Place, name: str) -> str:
         recipe=shlex.quote(place.recipe),
         directives="\n".join(f"#SBATCH {line}" for line in _directives(stage, ask, place, name)),
         logs=shlex.quote(place.logs),
-        modules="".join(f"module load {shlex.quote(module)}\n" for module in ask.modules) + cpus,
+        modules="".join(map(_load, ask.modules)) + cpus,
         python=shlex.quote(place.python),
         options=" ".join(f"--set {shlex.quote(text)}" for text in place.overrides),
         run_dir=shlex.quote(place.run_dir),
@@ -244,6 +280,13 @@ def render(stage: Stage, ask: Ask, place: Place, name: str) -> str:
         grace=WARNING - 20,
     )
     return f"{head}\n{stage.body}{TAIL}"
+
+
+def _load(module: str) -> str:
+    """The line that loads a module, or ends the script: without it the stage is another."""
+    name = shlex.quote(module)
+    said = shlex.quote(f"error: --modules: module load {module} failed; see what module avail lists")
+    return f"module load {name} || {{ echo {said} >&2; exit 1; }}\n"
 
 
 MOUNTS = '--container-mounts="$PWD:$PWD,$run_dir:$run_dir"'

@@ -26,6 +26,7 @@ RecipeArgument = Annotated[Path, typer.Argument(help="the recipe, a YAML file", 
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="go on with an unfinished run, and fail if there is none")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="set an earlier run aside and start over")]
+CardMemoryOption = Annotated[float | None, typer.Option(min=1, help="GiB of a card there; default: as here, else 80")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -53,11 +54,18 @@ def _one_line(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 @_one_line
-def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="for a run on so many cards of each node")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="nodes of that run")] = 1,
+    card_memory: CardMemoryOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Load and check a recipe, and print what it would do. Exit code 3 where its licences forbid it."""
     from scripts import plan as plans
 
-    made = plans.make_plan(load_recipe(recipe, set_ or ()))
+    made = plans.make_plan(load_recipe(recipe, set_ or ()), gpus, nodes, card_memory)
     print(json.dumps(made, indent=2) if as_json else "\n".join(plans.describe(made)))
     if made["verdict"]["verdict"] in {"review", "block"}:
         raise typer.Exit(3)
@@ -246,7 +254,8 @@ def submit(
     modules: Annotated[list[str] | None, typer.Option(help="module load, repeatable")] = None,
     shards: Annotated[int, typer.Option(min=1, help="jobs that share the teacher's prompts")] = 1,
     vllm: Annotated[bool, typer.Option("--vllm", help="each of them starts a vLLM server of its own")] = False,
-    config_file: Annotated[str | None, typer.Option(help="of accelerate launch")] = None,
+    config_file: Annotated[str | None, typer.Option(help="of accelerate launch; default: the one that suits")] = None,
+    card_memory: CardMemoryOption = None,
     more: Annotated[list[str] | None, typer.Option(help="a further option of sbatch, repeatable")] = None,
     serve: Annotated[list[str] | None, typer.Option(help="a further option of that server, repeatable")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts")] = False,
@@ -255,7 +264,9 @@ def submit(
     from scripts import slurm
 
     to_slurm = (nodes, gpus, time, partition, account, cpus, memory, container, tuple(modules or ()))
-    ask = slurm.Ask(*to_slurm, shards, vllm, config_file, tuple(more or ()), tuple(serve or ()))
+    ask = slurm.Ask(
+        *to_slurm, shards, vllm, config_file, tuple(more or ()), serve=tuple(serve or ()), card_memory=card_memory
+    )
     print(slurm.submit(recipe, set_ or (), ask, dry_run))
 
 

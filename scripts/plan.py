@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from finetune import distributed
 from finetune.arguments import check_names
-from finetune.layout import Device, Layout, ModelFacts, find_device, model_facts, plan_layout, refuse_impossible
+from finetune.cards import count_cards
+from finetune.launch import asked_device, launched, suggested
+from finetune.layout import Device, Layout, ModelFacts, model_facts, plan_layout, refuse_impossible
 from finetune.run_files import duties_of
 from recipes.errors import RecipeError
 from recipes.gate import judge
@@ -19,22 +22,32 @@ from recipes.student import student_recipe
 from scripts.estimate import count_source, estimate
 
 
-def make_plan(recipe: Recipe) -> dict[str, Any]:
+def make_plan(
+    recipe: Recipe, gpus: int | None = None, nodes: int = 1, card_memory: float | None = None
+) -> dict[str, Any]:
     """One object with everything that `retort plan` prints.
+
+    Args:
+        gpus: cards on each of the nodes; None: one process here, and what suits all cards of this machine.
+        card_memory: GiB of a card; see `asked_device`.
 
     Raises:
         RecipeError: a folder or file that the recipe names is not what it should be; train.extra holds what the
             trainer does not take. DataError: a source is missing, or holds rows that the method does not read.
         MemoryFitError: it cannot fit.
     """
-    device = find_device(recipe.train.device)
-    folder = require_model_folder(recipe.model.ref, "model.base") or _cached(recipe)
+    device, world = asked_device(recipe, gpus, card_memory), nodes * (gpus or 1)
+    folder = base_folder(recipe)
     _refuse_places(recipe)
     check_names(recipe)
     facts = model_facts(folder) if folder is not None else None
     student = student_recipe(recipe, recipe.run_dir)
     data = _data(recipe, student)
-    layout = _layout(student, device, facts, data)
+    cards = world if gpus is not None or device.kind != "cuda" else count_cards()
+    launch = suggested(student, device, cards, facts) if facts is not None and cards > 1 else None
+    with launched(launch[0] if launch is not None and gpus is not None else "ddp", world):
+        distributed.check_launch(student, device.kind)
+        layout = _layout(student, device, facts, data, world)
     return {
         "name": recipe.name,
         "output": str(recipe.run_dir),
@@ -51,6 +64,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "teacher": _teacher(recipe),
         "data": data,
         "layout": layout.as_dict() if layout else None,
+        "launch": {"processes": cards, "file": launch[0], "reason": launch[1]} if launch is not None else None,
         "device": {"kind": device.kind, "name": device.name, "memory_bytes": device.memory_bytes},
     }
 
@@ -85,8 +99,10 @@ def _teacher(recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def _cached(recipe: Recipe) -> Path | None:
-    """The folder of a hub model in the local cache; asks no server."""
+def base_folder(recipe: Recipe) -> Path | None:
+    """The folder of the base, of a hub model in the local cache; None where it is not here. Asks no server."""
+    if (folder := require_model_folder(recipe.model.ref, "model.base")) is not None:
+        return folder
     from huggingface_hub import try_to_load_from_cache
 
     ref = recipe.model.ref
@@ -124,12 +140,16 @@ def _data(recipe: Recipe, student: Recipe) -> dict[str, Any]:
     }
 
 
-def _layout(recipe: Recipe, device: Device, facts: ModelFacts | None, data: dict[str, Any]) -> Layout | None:
+def _layout(
+    recipe: Recipe, device: Device, facts: ModelFacts | None, data: dict[str, Any], world: int
+) -> Layout | None:
     refuse_impossible(recipe, device, facts)
     if not data["train_rows"] or not data["mean_tokens"]:
         return None
     longest = data["length"]["max"] if data["prepared"] else recipe.longest_row
-    return plan_layout(recipe, device, facts, data["train_rows"], data["mean_tokens"], longest, 1, data.get("packs"))
+    return plan_layout(
+        recipe, device, facts, data["train_rows"], data["mean_tokens"], longest, world, data.get("packs")
+    )
 
 
 def _about_teacher(teacher: dict[str, Any] | None) -> list[str]:
@@ -183,11 +203,17 @@ def describe(plan: dict[str, Any]) -> list[str]:
         )
         memory = f", about {layout['estimated_bytes'] / 2**30:.1f} GiB" if layout["estimated_bytes"] else ""
         checkpointing = ", gradient checkpointing" if layout["gradient_checkpointing"] else ""
+        devices = f" x {layout['world_size']} devices" if layout["world_size"] > 1 else ""
         lines.append(
-            f"layout   {layout['micro_batch']} x {layout['gradient_accumulation']} accumulated, {layout['dtype']}"
-            f"{checkpointing}{memory} on {plan['device']['name']}; rows of at most {layout['seq_len']:,} tokens"
+            f"layout   {layout['micro_batch']} x {layout['gradient_accumulation']} accumulated{devices}, "
+            f"{layout['dtype']}{checkpointing}{memory} on {plan['device']['name']}; "
+            f"rows of at most {layout['seq_len']:,} tokens"
         )
     else:
         lines.append("steps    not known before the rows are counted, nor are tokens and layout: `retort prepare` does")
+    if launch := plan["launch"]:
+        lines.append(
+            f"launch   on {launch['processes']} cards: recipes/accelerate/{launch['file']}.yaml, as {launch['reason']}"
+        )
     lines.append(f"output   {plan['output']}")
     return lines

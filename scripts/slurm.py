@@ -1,10 +1,11 @@
 """`retort submit`: the stages of a recipe as dependent Slurm jobs, each a batch script that a person can read and edit.
 
-    prepare -> generate (an array of shards) -> merge -> train -> finish
+    prepare -> generate (an array of shards) -> merge -> train -> finish -> export
 
-Generation is there where the recipe has a teacher. Scripts, logs and the list of jobs lie in RUN_DIR/logs/slurm. Every
-stage is a command that skips what is done, so submitting again goes on where a failed, cancelled or timed-out job left
-off. scripts/slurm/*.sbatch are those of a shipped recipe, made by the same code (`python -m scripts.reference`).
+Generation is there where the recipe has a teacher, export where it says `use`. Scripts, logs and the list of jobs lie
+in RUN_DIR/logs/slurm. Every stage is a command that skips what is done, so submitting again goes on where a failed,
+cancelled or timed-out job left off. scripts/slurm/*.sbatch are those of a shipped recipe, made by the same code
+(`python -m scripts.reference`).
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from distill.journal import JOURNAL
+from finetune.distributed import check_launch
+from finetune.launch import FILES, asked_device, launched, suggested
+from finetune.layout import model_facts
 from recipes.errors import RecipeError, RetortError
 from recipes.gate import check
 from recipes.lineage import read_manifest, read_object, write_atomic
 from recipes.load import load_recipe
 from recipes.schema import Recipe
-from recipes.student import TEACHER
-from scripts.batch import FOLDER, Ask, Place, render, stages
+from recipes.student import TEACHER, student_recipe
+from scripts.batch import FOLDER, Ask, Place, render, require_time, stages
+from scripts.plan import base_folder
 
 JOBS = "jobs.json"
 PATIENCE = 60  # seconds that a Slurm command may take to answer
@@ -45,12 +50,16 @@ def submit(path: Path, overrides: Sequence[str] = (), ask: Ask | None = None, dr
     check(recipe).require()
     _require_sense(recipe, path, overrides, ask)
     folder = recipe.run_dir.absolute()
+    ask, launch = _launch(recipe, ask, folder)
     python = sys.executable if ask.container is None else "python3"
     place = Place(str(path.absolute()), tuple(overrides), str(folder), python, os.getcwd())
     scripts = [(stage, render(stage, ask, place, recipe.name)) for stage in stages(recipe, ask, place)]
     if dry_run:
-        return "\n".join(f"# {folder / FOLDER / stage.name}.sbatch\n{text}" for stage, text in scripts)
+        said = [f"# {_words(launch)}\n"] if launch is not None else []
+        return "\n".join([*said, *(f"# {folder / FOLDER / stage.name}.sbatch\n{text}" for stage, text in scripts)])
     _require_room(recipe, folder)
+    if launch is not None and ask.config_file is not None:
+        write_atomic(Path(ask.config_file), (FILES / f"{launch[0]}.yaml").read_text(encoding="utf-8"))
     for stage, text in scripts:
         write_atomic(folder / FOLDER / f"{stage.name}.sbatch", text)
         for old in (folder / FOLDER).glob(f"{stage.name}*.end"):
@@ -76,13 +85,40 @@ def submit(path: Path, overrides: Sequence[str] = (), ask: Ask | None = None, dr
     }
     write_atomic(folder / FOLDER / JOBS, json.dumps(state, indent=2) + "\n")
     lines = [f"job {entry['job']}: {entry['stage']}" for entry in submitted]
+    if launch is not None:
+        lines.append(_words(launch))
     return "\n".join([*lines, f"logs are in {folder / FOLDER}; retort status {recipe.run_dir} shows how far it is"])
+
+
+def _launch(recipe: Recipe, ask: Ask, folder: Path) -> tuple[Ask, tuple[str, str] | None]:
+    """The launch file of a training on several cards, and why, where the user names none and the base is here.
+
+    The file goes beside the scripts, where containers and all nodes see it. ddp needs none.
+
+    Raises:
+        RecipeError: the recipe asks for what the file that suits it cannot do.
+    """
+    world = ask.nodes * ask.gpus
+    if world < 2 or ask.config_file is not None or (base := base_folder(recipe)) is None:
+        return ask, None
+    student, device = student_recipe(recipe, recipe.run_dir), asked_device(recipe, ask.gpus, ask.card_memory)
+    launch = suggested(student, device, world, model_facts(base))
+    with launched(launch[0], world):
+        check_launch(student, device.kind)
+    if launch[0] == "ddp":
+        return ask, launch
+    return dataclasses.replace(ask, config_file=str(folder / FOLDER / f"{launch[0]}.yaml")), launch
+
+
+def _words(launch: tuple[str, str]) -> str:
+    return f"launch: recipes/accelerate/{launch[0]}.yaml, as {launch[1]} (--config-file takes another)"
 
 
 def _require_sense(recipe: Recipe, path: Path, overrides: Sequence[str], ask: Ask) -> None:
     for name in ("nodes", "shards"):
         if getattr(ask, name) < 1:
             raise RecipeError(f"must be at least 1, not {getattr(ask, name)}", f"--{name}")
+    require_time(ask.time)
     if recipe.teacher is None and (ask.vllm or ask.shards > 1):
         raise RecipeError("the recipe has no teacher", "--vllm" if ask.vllm else "--shards", "leave it out")
     if ask.serve and not ask.vllm:

@@ -66,7 +66,10 @@ def status(run_dir: Path) -> list[str]:
         if part.name in {"generate", "merge", "train"} and part.state != "open":
             lines += [f"{'':10}{line}" for line in _progress(run_dir, part, submitted)]
     failed = next((part.name for part in parts if part.state == "failed"), None)
-    if failed is not None:
+    if failed == "export":
+        recipe = submitted["recipe"] if submitted is not None else "RECIPE"
+        lines.append(f"the run itself is whole; when the cause is gone: retort export {recipe}")
+    elif failed is not None:
         again = "submit again" if submitted is not None else "the same command"
         lines.append(f"{failed} failed: when its cause is gone, {again} goes on from what is on disk")
     if read_manifest(run_dir) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,9 +16,13 @@ import pytest
 from conftest import ROOT
 
 from finetune import distributed
-from finetune.layout import Device, ModelFacts, plan_layout, suggested
+from finetune.cards import count_cards
+from finetune.launch import suggested
+from finetune.layout import Device, ModelFacts, fixed_bytes, model_facts, per_token, plan_layout
 from recipes.errors import MemoryFitError, RecipeError
 from recipes.load import load_recipe
+from recipes.refs import require_model_folder
+from recipes.schema import Recipe
 
 FILES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 SEVEN_B = ModelFacts(7_000_000_000, 32, 4096, 11008, 32000)
@@ -197,3 +202,111 @@ def test_a_main_process_that_is_gone_is_not_waited_for_for_ever(run_dir: Path) -
 def test_long_work_outlasts_the_limit_as_long_as_it_gives_signs_of_life(run_dir: Path) -> None:
     found = ended([member(run_dir, rank, "5", RETORT_WAIT_SECONDS="2") for rank in (0, 1, 2)])
     assert [code for code, _, _ in found] == [0, 0, 0], found
+
+
+SPEAKER = """
+import sys, time
+from finetune import distributed
+from recipes.errors import DataError
+
+if sys.argv[1] == "fails":
+    distributed.report(DataError("holds no rows", "rows.jsonl"))
+    sys.exit(4)
+if sys.argv[1] == "late":
+    try:
+        distributed.join("cpu")
+    except RuntimeError as error:
+        lost = distributed.lost_peer(error)
+        assert lost is not None, repr(error)
+        distributed.report(lost)
+        sys.exit(lost.exit_code)
+distributed.report(distributed.lost_peer(RuntimeError("Connection closed by peer [127.0.0.1]:1")))
+"""
+
+
+def speaker(rank: int, words: str, temporary: Path, **env: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "TMPDIR": str(temporary), **env}
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", SPEAKER, words]
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+
+
+def test_a_failure_elsewhere_is_said_once_and_leaves_no_file(tmp_path: Path) -> None:
+    """The process that failed says why; the one whose exchange broke adds nothing, and takes the file away."""
+    (tmp_path / f"{distributed.SAID}{os.getuid()}-1-1").write_text("")  # of a launcher that ended long ago
+    (failed,) = ended([speaker(1, "fails", tmp_path)])
+    assert failed == (4, "", "error: rows.jsonl: holds no rows")
+    assert [path.name.split("-")[3] for path in tmp_path.iterdir()] == [str(os.getpid())]
+    (lost,) = ended([speaker(0, "lost", tmp_path)])
+    assert lost == (0, "", "") and list(tmp_path.iterdir()) == []
+    killed = ended([speaker(0, "lost", tmp_path)])  # where nobody else can say it, it does
+    assert "the connection to another process was lost" in killed[0][2]
+
+
+def test_a_peer_that_does_not_come_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0", "RETORT_COLLECTIVE_SECONDS": "1"}
+    ((code, _, said),) = ended([speaker(0, "late", tmp_path, **meeting)])
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(lines) == 1 and "another process did not come" in lines[0], said
+    assert "Traceback" not in said
+
+
+def test_plan_and_submit_take_the_file_that_suits(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card too small for a whole copy of the tiny model and large enough for a share of it, and one for all."""
+    from scripts.batch import Ask
+    from scripts.plan import describe, make_plan
+    from scripts.slurm import submit
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    path = make_recipe(train={"tokens_per_step": 1024, "seq_len": 128, "max_steps": 6})
+    monkeypatch.chdir(path.parent)
+    recipe = load_recipe(path)
+    assert make_plan(recipe)["launch"] is None and "WORLD_SIZE" not in os.environ
+    made = make_plan(recipe, gpus=2, nodes=2, card_memory=80)
+    assert (made["launch"]["processes"], made["launch"]["file"]) == (4, "ddp")
+    assert made["layout"]["world_size"] == 4 and made["device"]["name"] == "a card of 80 GiB"
+    line = next(line for line in describe(made) if line.startswith("launch "))
+    assert line.startswith("launch   on 4 cards: recipes/accelerate/ddp.yaml, as a whole copy needs about ")
+    text = submit(path, (), Ask(nodes=2, gpus=2), dry_run=True)
+    assert "--multi_gpu" in text and "# launch: recipes/accelerate/ddp.yaml, as a whole copy needs" in text
+
+    monkeypatch.setattr("finetune.layout.MEMORY_SHARE", 1.0)
+    monkeypatch.setattr("finetune.launch.MEMORY_SHARE", 1.0)
+    whole, share = (need(recipe, parts) for parts in (1, 8))
+    assert share < whole
+    small = (whole + share) / 2 / 2**30
+    assert make_plan(recipe, gpus=8, card_memory=small)["launch"]["file"] == "fsdp2"
+    text = submit(path, (), Ask(gpus=8, card_memory=small), dry_run=True)
+    assert f"--config_file {path.parent}/run/logs/slurm/fsdp2.yaml" in text and "--multi_gpu" not in text
+    mine = submit(path, (), Ask(gpus=8, card_memory=small, config_file="my.yaml"), dry_run=True)
+    assert "--config_file my.yaml" in mine and "# launch:" not in mine, "what the user names is taken"
+    with pytest.raises(RecipeError, match=r"train\.eval_every: rows cannot be measured while training on cut weights"):
+        submit(path, ["train.eval_every=3"], Ask(gpus=8, card_memory=small), dry_run=True)
+    with pytest.raises(RecipeError, match="--gpus: the recipe trains on processors"):
+        submit(path, ["train.device=cpu"], Ask(gpus=8), dry_run=True)
+
+
+def test_the_cards_of_this_machine_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho NVIDIA H100\necho NVIDIA H100\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert count_cards() == 0, "a driver that cannot be run"
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert count_cards() == 2
+    for visible, wanted in (("0,3,5", 3), ("", 0), ("-1", 0), ("1,-1,2", 1), ("GPU-1a, GPU-2b", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert count_cards() == wanted, visible
+
+
+def need(recipe: Recipe, parts: int) -> int:
+    """Bytes that a card needs for its part of a recipe's base."""
+    facts = model_facts(require_model_folder(recipe.model.ref, "model.base"))
+    row = recipe.train.seq_len * per_token(recipe, CARD, facts, True)
+    return row + fixed_bytes(recipe, CARD, facts, parts)

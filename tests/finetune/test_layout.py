@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -105,3 +106,53 @@ def test_plan_command(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     assert "steps    about 6 of" in done.stdout and "64 rows" in done.stdout and "not judged" in done.stdout
     wrong = run_cli("plan", str(path), "--set", f"model.base={tmp_path}/none", cwd=tmp_path)
     assert wrong.returncode == 2 and "does not exist" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+H100 = Device("cuda", 80 * 2**30, "a card")
+SEVEN_B = ModelFacts(7_000_000_000, 32, 4096, 11008, 32000)
+
+
+@pytest.mark.parametrize(
+    "train, mean, world, remedy",
+    [
+        # 16.5 packs of 3,972 tokens: one on each of 32 cards would be twice the step
+        (
+            {"tokens_per_step": 65_536, "seq_len": 4096, "packing": True},
+            1000.0,
+            32,
+            r"start 19 devices, or raise it to 127136",
+        ),
+        # 4.1 rows of 2,000 tokens
+        ({"tokens_per_step": 8192, "seq_len": 4096}, 2000.0, 8, r"start 4 devices, or raise it to 16000"),
+        ({"tokens_per_step": 8192, "seq_len": 4096}, 2000.0, 3, r"start 2 devices, or raise it to 12000"),
+        # 11 rows: 8 would be a smaller step than said, 16 a larger one
+        ({"tokens_per_step": 11_000, "seq_len": 2048}, 1000.0, 8, r"start 6 devices, or raise it to 16000"),
+    ],
+)
+def test_a_step_that_devices_cannot_share_out_is_refused(
+    train: dict[str, Any], mean: float, world: int, remedy: str
+) -> None:
+    with pytest.raises(
+        RecipeError, match=rf"train\.tokens_per_step: {world} devices cannot share out .*; {remedy}"
+    ) as said:
+        plan_layout(recipe(train=train), H100, SEVEN_B, 100_000, mean, train["seq_len"], world)
+    fewer, larger = (int(n) for n in re.findall(r"start (\d+) .* to (\d+)", str(said.value))[0])
+    for asked, devices in ((train, fewer), ({**train, "tokens_per_step": larger}, world)):
+        layout = plan_layout(recipe(train=asked), H100, SEVEN_B, 100_000, mean, train["seq_len"], devices)
+        assert layout.tokens_per_step == pytest.approx(asked["tokens_per_step"], rel=0.21), "the remedies hold"
+
+
+@pytest.mark.parametrize(
+    "micro, world, layout",
+    [(8, 1, (8, 2)), (8, 8, (2, 1)), (8, 16, (1, 1)), (5, 1, (5, 3)), (12, 1, (8, 2)), (64, 1, (16, 1))],
+)
+def test_a_pinned_micro_batch_makes_no_step_larger(micro: int, world: int, layout: tuple[int, int]) -> None:
+    asked = recipe(train={"tokens_per_step": 16_384, "seq_len": 2048, "micro_batch": micro})  # 16 rows
+    made = plan_layout(asked, H100, SEVEN_B, 100_000, 1000.0, 2048, world)
+    assert (made.micro_batch, made.gradient_accumulation) == layout
+    assert made.tokens_per_step == pytest.approx(16_384, rel=0.1)
+
+
+def test_fewer_rows_than_a_step_asks_for_are_no_reason_to_refuse() -> None:
+    asked = recipe(train={"tokens_per_step": 16_384, "seq_len": 2048})
+    assert plan_layout(asked, H100, SEVEN_B, 10, 1000.0, 2048, 8).rows_per_step == 16
