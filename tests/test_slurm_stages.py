@@ -299,7 +299,7 @@ def test_a_warned_and_a_requeued_training_ends_with_the_same_bits(
 @pytest.mark.slow
 def test_two_nodes_train_the_run_of_one(make_recipe: Callable[..., Path], tmp_path: Path, cluster: Cluster) -> None:
     """Two slurmd, one process on each; both stop after the same step when the job is warned."""
-    train = {**TRAIN, "tokens_per_step": 600, "micro_batch": 8, "max_steps": 40}
+    train = {**TRAIN, "tokens_per_step": 792, "micro_batch": 8, "max_steps": 40}
     # 64 rows are four steps of 16: where an epoch ends inside a step, two processes fill it up with other rows.
     rows = {"train": [{"path": str(write_rows(tmp_path / "all.jsonl", colour_rows()))}]}
     recipe, run = make_recipe(train=train, data=rows), tmp_path / "run"
