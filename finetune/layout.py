@@ -298,15 +298,12 @@ def _require_step(per_device: int, devices: int, wanted: float, per_row: float, 
 def _forwards(pinned: int | None, rows: int, room: int) -> tuple[int, int]:
     """Micro-batch and accumulation for `rows` of a device's step; at most `room` rows fit into a forward.
 
-    train.micro_batch (`pinned`) is kept where it makes about the step; where the device's share is smaller than it, or
-    no multiple of it, the forwards become smaller, and the step stays.
+    train.micro_batch (`pinned`) is kept where the share of a device is at least as large; else the forwards become
+    smaller, and the step stays.
     """
     if pinned is None:
         return _cut(rows, max(1, min(rows, room)))
-    accumulation = max(1, round(rows / pinned))
-    if abs(pinned * accumulation - rows) <= STEP_TOLERANCE / 2 * rows:
-        return pinned, accumulation
-    return _cut(rows, min(rows, pinned))
+    return (pinned, round(rows / pinned)) if pinned <= rows else (rows, 1)
 
 
 def _cut(rows: int, most: int) -> tuple[int, int]:

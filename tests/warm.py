@@ -214,5 +214,7 @@ def become(asked: dict[str, Any]) -> None:
 if __name__ == "__main__":
     end = socket.socket(fileno=int(sys.argv[1]))
     exec(LIBRARIES)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        del sys.modules[module]  # it makes a temporary folder when it is imported, which the first fork would remove
     if (job := serve(end)) is not None:
         become(job)

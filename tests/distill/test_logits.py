@@ -258,6 +258,9 @@ def test_another_teacher_moves_the_cache_aside(tmp_path: Path) -> None:
         writer.add("a" * 32, sparse_of(1))
         foreign = (tmp_path / "logits.1" / "part-main-00000.parquet").read_bytes()
         (folder / "part-zz-00000.parquet").write_bytes(foreign)  # another teacher's, put there by hand
+    with pytest.raises(DataError, match=r"changed after it was written: part-zz-00000\.parquet"):
+        CachedLogits(folder)
+    (folder / "part-zz-00000.parquet").unlink()
     assert same(CachedLogits(folder)["a" * 32], sparse_of(1))
     assert same(CachedLogits(tmp_path / "logits.1")["a" * 32], sparse_of(0))
     LogitWriter(folder, {**ABOUT, "vocabulary": "x"}).close()

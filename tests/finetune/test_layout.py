@@ -144,13 +144,13 @@ def test_a_step_that_devices_cannot_share_out_is_refused(
 
 @pytest.mark.parametrize(
     "micro, world, layout",
-    [(8, 1, (8, 2)), (8, 8, (2, 1)), (8, 16, (1, 1)), (5, 1, (5, 3)), (12, 1, (8, 2)), (64, 1, (16, 1))],
+    [(8, 1, (8, 2)), (8, 8, (2, 1)), (8, 16, (1, 1)), (5, 1, (5, 3)), (12, 1, (12, 1)), (64, 1, (16, 1))],
 )
 def test_a_pinned_micro_batch_makes_no_step_larger(micro: int, world: int, layout: tuple[int, int]) -> None:
     asked = recipe(train={"tokens_per_step": 16_384, "seq_len": 2048, "micro_batch": micro})  # 16 rows
     made = plan_layout(asked, H100, SEVEN_B, 100_000, 1000.0, 2048, world)
     assert (made.micro_batch, made.gradient_accumulation) == layout
-    assert made.tokens_per_step == pytest.approx(16_384, rel=0.1)
+    assert made.tokens_per_step <= 16_384
 
 
 def test_fewer_rows_than_a_step_asks_for_are_no_reason_to_refuse() -> None:
