@@ -48,11 +48,15 @@ def make(make_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
     def recipe(method: Any, **train: Any) -> Path:
         (tmp_path / "template.jinja").write_text(TEMPLATE)
         source = {"path": str(write_rows(tmp_path / "pairs.jsonl", pairs()))}
-        layout = {"tokens_per_step": 1, "micro_batch": 8, "seq_len": 128, "max_steps": 10, "learning_rate": 5e-3}
+        layout = {"micro_batch": 8, "seq_len": 128, "max_steps": 10, "learning_rate": 5e-3, **train}
+        each = (
+            55.25 if isinstance(method, dict) and method["type"] == "kto" else 110.5
+        )  # of an answer, a pair
+        layout = {"tokens_per_step": round(each * layout["micro_batch"]), **layout}
         path = make_recipe(
             method=method,
             data={"train": [source]},
-            train={**layout, "device": "cpu", "save_every": 100, "warmup": 0.0, "schedule": "constant", **train},
+            train={"device": "cpu", "save_every": 100, "warmup": 0.0, "schedule": "constant", **layout},
         )
         written = json.loads(path.read_text())
         written["model"]["chat_template"] = str(tmp_path / "template.jinja")
