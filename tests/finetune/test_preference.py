@@ -49,9 +49,7 @@ def make(make_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
         (tmp_path / "template.jinja").write_text(TEMPLATE)
         source = {"path": str(write_rows(tmp_path / "pairs.jsonl", pairs()))}
         layout = {"micro_batch": 8, "seq_len": 128, "max_steps": 10, "learning_rate": 5e-3, **train}
-        each = (
-            55.25 if isinstance(method, dict) and method["type"] == "kto" else 110.5
-        )  # of an answer, a pair
+        each = 55.25 if isinstance(method, dict) and method["type"] == "kto" else 110.5  # of an answer, a pair
         layout = {"tokens_per_step": round(each * layout["micro_batch"]), **layout}
         path = make_recipe(
             method=method,
