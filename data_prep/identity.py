@@ -12,7 +12,8 @@ from typing import Any
 
 from data_prep.tokens import fetch
 from recipes.lineage import MANIFEST, sha256_files, sha256_json
-from recipes.papers import COMMIT, cached
+from recipes.names import COMMIT
+from recipes.papers import cached
 from recipes.refs import Ref, parse_ref, require_model_folder
 from recipes.schema import Recipe
 from recipes.schema_teacher import Teacher

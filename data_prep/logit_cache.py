@@ -30,6 +30,7 @@ from recipes.lineage import (
     verify,
     write_atomic,
     write_manifest,
+    writing,
 )
 
 MOST = 65535  # entries of a position that its count, uint16, can tell
@@ -126,15 +127,13 @@ class LogitWriter:
         self._parts: dict[str, Part] = {}
         self._rows: dict[str, Sparse] = {}
         self._bytes = 0
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / ABOUT).is_file():
                 write_atomic(folder / ABOUT, json.dumps(self.about, indent=2, ensure_ascii=False) + "\n")
             self._lock: int | None = _locked(folder / f".lock-{writer}")
             for left in folder.glob(f".part-{writer}-*"):
                 left.unlink()  # a kill came while it was written
-        except OSError as error:
-            raise cannot_write(folder, error) from None
         self._drop_changed()
         self._look()
 
@@ -211,10 +210,8 @@ class LogitWriter:
         number = 1
         while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
             number += 1
-        try:
+        with writing(aside):
             self.folder.rename(aside)
-        except OSError as error:
-            raise cannot_write(aside, error) from None
         return [f"{self.folder.name}/ holds distributions of another teacher or kind; moved to {aside.name}/"]
 
     def _drop_changed(self) -> None:

@@ -26,10 +26,9 @@ from data_prep.rows import Row, decode
 from data_prep.tokens import Tokenizer, load_tokenizer
 from recipes.errors import DataError, GateError
 from recipes.evidence import Asset, to_record
-from recipes.gate import Verdict, examine
+from recipes.gate import examine
 from recipes.lineage import (
     MANIFEST,
-    cannot_write,
     code_state,
     packages,
     read_manifest,
@@ -38,12 +37,15 @@ from recipes.lineage import (
     sha256_path,
     verify,
     write_manifest,
+    writing,
 )
 from recipes.papers import cached
+from recipes.refs import path_of
 from recipes.schema import Recipe
 from recipes.schema_data import Source
 from recipes.sources import changed_papers
 from recipes.student import ROWS, TEACHER
+from recipes.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -202,13 +204,14 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | No
     if manifest is None:  # rows are read before the tokenizer: a bad one is found before anything slow is imported
         work.read()
     tokenizer = load_tokenizer(recipe.model)  # which fetches it, and with it what `main` is now
-    if manifest is not None and (moved := _moved(recipe, manifest)):
+    base = base_state(recipe)
+    if manifest is not None and (moved := _moved(base, manifest)):
         raise _otherwise(folder, [moved])
     key = fingerprint(recipe, inputs, tokenizer)
     if manifest is not None and manifest.get("fingerprint") == key:
         if wrong := verify(folder):
             raise DataError(f"was changed after it was prepared: {', '.join(wrong)}", str(folder), "delete the folder")
-        wrong = _swapped(recipe, manifest)
+        wrong = _swapped(recipe, base, manifest)
         own = {str(run_dir / TEACHER / name / MANIFEST) for name in ROWS}
         if wrong and not set(wrong) <= own:  # else a teacher made the same rows anew: they are judged anew
             raise _otherwise(folder, wrong)
@@ -223,10 +226,9 @@ def prepare(recipe: Recipe, run_dir: Path, keep: bool = False, folder: Path | No
         judged = beside.submit(examine, recipe)  # reads all rows once more, while the processes tokenise
         parts = work.mask(decided, tokenizer)
     _require_rows(recipe, folder, work, parts)
-    try:
-        content = _write(recipe, folder, work, decided, parts, inputs, key, tokenizer, judged.result())
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+    made_of = {"fingerprint": key, "inputs": inputs, "base": base}
+    with writing(folder):
+        content = _write(recipe, folder, work, decided, parts, made_of, tokenizer, judged.result())
     sweep(work.cache)
     return Prepared(folder, content, reused=False, tokenizer=tokenizer)
 
@@ -255,25 +257,26 @@ def changed_inputs(recipe: Recipe, run_dir: Path) -> list[str]:
     before = {(i["role"], i["ref"]): _state(i) for i in manifest["inputs"]}
     now = _inputs(recipe, begin(recipe, run_dir).scans)
     changed = [i["ref"] for i in now if before.get((i["role"], i["ref"])) != _state(i)]
-    return changed + _swapped(recipe, manifest)
+    return changed + _swapped(recipe, base_state(recipe), manifest)
 
 
-def _swapped(recipe: Recipe, manifest: dict[str, Any]) -> list[str]:
-    """The base, its commit, and the cards and licence texts that are not what the data's manifest was made with."""
+def _swapped(recipe: Recipe, base: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    """The base (`base_state`), its commit, and the cards and licence texts that are not what the data's manifest was
+    made with."""
     before = manifest.get("base", {})
-    if before.get("ref") != str(recipe.model.ref):
+    if before.get("ref") != base["ref"]:
         return []
-    swapped = [_moved(recipe, manifest) or before["ref"]] if before != base_state(recipe) else []
+    swapped = [_moved(base, manifest) or before["ref"]] if before != base else []
     return swapped + changed_papers(manifest.get("lineage", []), recipe)
 
 
-def _moved(recipe: Recipe, manifest: dict[str, Any]) -> str:
+def _moved(base: dict[str, Any], manifest: dict[str, Any]) -> str:
     """The base, where it has other files, or its branch another commit, than when the data was prepared."""
-    before, now = manifest.get("base", {}), base_state(recipe)
-    if before.get("ref") != now["ref"] or all(before.get(key) == now.get(key) for key in ("sha256", "commit")):
+    before = manifest.get("base", {})
+    if before.get("ref") != base["ref"] or all(before.get(key) == base.get(key) for key in ("sha256", "commit")):
         return ""
-    moved = f" (commit {before['commit']}, now {now['commit']})" if before.get("commit") and now.get("commit") else ""
-    return f"{now['ref']}{moved}"
+    moved = f" (commit {before['commit']}, now {base['commit']})" if before.get("commit") and base.get("commit") else ""
+    return f"{base['ref']}{moved}"
 
 
 def _require_attested(recipe: Recipe, manifest: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
@@ -298,7 +301,7 @@ def base_state(recipe: Recipe) -> dict[str, Any]:
     """What the base is now: the hash of a folder's files, the commit of a hub repository; and of an earlier run that
     goes on, the hash of its manifest."""
     ref, path = recipe.model.ref, recipe.model.ref.path
-    run = Path(recipe.model.run).expanduser() / MANIFEST if recipe.model.run is not None else None
+    run = path_of(recipe.model.run) / MANIFEST if recipe.model.run is not None else None
     start = {"run": sha256_file(run) if run.is_file() else None, "merge": recipe.model.merge} if run else {}
     if path is not None:
         return {"ref": str(ref), "sha256": sha256_path(path), **start}
@@ -355,8 +358,7 @@ def _write(
     work: Work,
     decided: Decided,
     parts: Sequence[Part],
-    inputs: list[dict[str, Any]],
-    key: str,
+    made_of: dict[str, Any],
     tokenizer: Tokenizer,
     judged: tuple[Verdict, Sequence[Asset]],
 ) -> dict[str, Any]:
@@ -368,15 +370,13 @@ def _write(
     generators = sum((Counter(b.statistics["generators"]) for b in work.blocks if b.role != "benchmark"), Counter())
     content = {
         "kind": "data",
-        "fingerprint": key,
+        **made_of,
         "recipe": recipe.resolved(),
-        "inputs": inputs,
         "parents": [],
         "code": code_state(),
         "packages": packages(),
         "verdict": verdict.as_dict(),
         "lineage": [to_record(asset) for asset in assets],
-        "base": base_state(recipe),
         "counts": counts,
         "generators": dict(generators),
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "notes": list(tokenizer.notes)},

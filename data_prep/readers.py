@@ -11,8 +11,8 @@ from typing import Any
 
 from data_prep import documents
 from recipes.errors import DataError, RecipeError
-from recipes.evidence import COMMIT
 from recipes.lineage import sha256_file, sha256_json, sha256_path
+from recipes.names import COMMIT
 from recipes.refs import Ref
 from recipes.schema_data import Passages, Source
 from recipes.tables import KINDS, Part, Record, data_files, is_note, is_saved_dataset, kind_of, parts_of, records

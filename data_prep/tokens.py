@@ -9,7 +9,7 @@ from typing import Any
 
 from recipes.errors import RecipeError
 from recipes.lineage import canonical_json, sha256_json
-from recipes.refs import Ref, parse_ref, require_model_folder
+from recipes.refs import Ref, parse_ref, path_of, require_model_folder
 from recipes.schema import Model
 
 PLAIN_TEMPLATE = Path(__file__).resolve().parent.parent / "recipes" / "templates" / "plain.jinja"
@@ -98,7 +98,7 @@ def shared_tokenizer(model: Model) -> Tokenizer:
     ref = parse_ref(model.tokenizer) if model.tokenizer else model.ref
     folder = _tokenizer_folder(ref, "model.tokenizer" if model.tokenizer else "model.base")
     files = [path for pattern in _TOKENIZER_FILES for path in sorted(folder.glob(pattern))]
-    files += [Path(model.chat_template).expanduser()] if model.chat_template is not None else []
+    files += [path_of(model.chat_template)] if model.chat_template is not None else []
     states = [(path.stat().st_mtime_ns, path.stat().st_size) for path in files if path.is_file()]
     key = sha256_json([model.model_dump(mode="json"), str(folder), states])
     if key not in _SHARED:

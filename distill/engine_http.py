@@ -32,7 +32,8 @@ from distill.http_stream import stream
 from distill.http_watch import Watch
 from distill.teachers import CUT, ENDED, Completion, Request
 from recipes.errors import EngineError, RecipeError
-from recipes.evidence import host_at, host_named, served_name
+from recipes.evidence import served_name
+from recipes.names import host_at, host_named
 from recipes.schema import Recipe
 from recipes.schema_teacher import HttpEngine
 

@@ -14,6 +14,7 @@ from distill.journal import JOURNAL
 from distill.journal_files import Records
 from distill.teachers import Completion, Request
 from recipes.errors import EngineError
+from recipes.refs import path_of
 from recipes.schema import Recipe
 from recipes.student import TEACHER
 
@@ -30,7 +31,7 @@ class ReplayTeacher:
 
     def __init__(self, recipe: Recipe) -> None:
         assert recipe.teacher is not None
-        run = Path(recipe.teacher.engine.options.run).expanduser()
+        run = path_of(recipe.teacher.engine.options.run)
         self._folder = run / TEACHER / JOURNAL
         self.identity = _identity(run / TEACHER / IDENTITY)
         if not self._folder.is_dir():

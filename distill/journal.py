@@ -20,7 +20,7 @@ from typing import Self
 from distill.journal_files import Paid, Records, aside, encode, repair, sync_folder
 from distill.teachers import Completion, Request, Teacher
 from recipes.errors import EngineError, RetortError
-from recipes.lineage import cannot_write
+from recipes.lineage import cannot_write, writing
 from recipes.locks import hold
 
 JOURNAL = "journal"  # folder inside a run's teacher/
@@ -79,13 +79,11 @@ class Journal:
 
     def _open(self) -> tuple[int, int]:
         """This machine's file, in order and ready for appending (a descriptor), and how many lines were set aside."""
-        try:
+        with writing(self.path):
             moved, torn = repair(self.path) if self.path.exists() else (0, 0)
             stream = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             with suppress(OSError):  # a file system that syncs no folders
                 sync_folder(self.path.parent)
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
         if moved:
             self.notes.append(_note(self.path.name, moved, f"were moved to {aside(self.path).name}"))
         if torn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from data_prep.completions import split_thinking
@@ -17,6 +16,7 @@ from distill.meter import Meter
 from distill.rounds import Asker, Thread
 from distill.teachers import Completion, Teacher, identity_of, open_teacher
 from recipes.lineage import MANIFEST, sha256_file
+from recipes.refs import path_of
 from recipes.schema import Recipe
 from recipes.schema_teacher import Engine, Round, TransformersEngine
 from recipes.schema_teacher import Teacher as TeacherSection
@@ -58,7 +58,7 @@ def _ask(
     backend = load_tokenizer(recipe.model).backend
     identity = identity_of(as_teacher)
     if recipe.model.run is not None:
-        identity = {**identity, "run": sha256_file(Path(recipe.model.run).expanduser() / MANIFEST)}
+        identity = {**identity, "run": sha256_file(path_of(recipe.model.run) / MANIFEST)}
     asker = Asker(as_teacher, identity, backend, sampling)
     threads = [Thread(replace(row, messages=before_answer(row.messages), grouped=row.group), row.id) for row in rows]
     asked = {one.request.key: one for one in asker.ask(Round(), threads, samples)}
@@ -103,7 +103,7 @@ def _as_teacher(recipe: Recipe) -> Recipe:
 
 def _opened(recipe: Recipe, as_teacher: Recipe, backend: Any) -> Teacher:
     made: Any = open_teacher(as_teacher, backend)
-    adapter = Path(recipe.model.run).expanduser() / "adapter" if recipe.model.run is not None else None
+    adapter = path_of(recipe.model.run) / "adapter" if recipe.model.run is not None else None
     if adapter is not None and adapter.is_dir():
         from peft import PeftModel
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import recipes
 from finetune import distributed
-from finetune.cards import first_card
+from finetune.gpus import first_card
 from finetune.layout import MEMORY_SHARE, Device, ModelFacts, find_device, fixed_bytes, per_token
 from recipes.errors import RecipeError
 from recipes.schema import Recipe

@@ -16,7 +16,7 @@ from typing import Any
 
 from data_prep.model_files import cached_of, context_of, tensors_of
 from finetune import distributed
-from finetune.cards import first_card, require_torch
+from finetune.gpus import first_card, require_torch
 from recipes.errors import MemoryFitError, RecipeError
 from recipes.refs import parse_ref
 from recipes.schema import Recipe

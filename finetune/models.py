@@ -14,6 +14,7 @@ from finetune.layout import Device, compute_dtype
 from recipes.errors import DataError, RecipeError
 from recipes.lineage import verify
 from recipes.load import load_recipe
+from recipes.refs import path_of
 from recipes.schema import Recipe
 
 
@@ -28,7 +29,7 @@ def load_start(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
     under = _under(recipe, tokenizer, device)
     if recipe.model.run is None or recipe.model.merge:
         return under
-    adapter = Path(recipe.model.run).expanduser() / "adapter"
+    adapter = path_of(recipe.model.run) / "adapter"
     return _with_adapter(under, adapter, trained=True) if adapter.is_dir() else under
 
 
@@ -36,7 +37,7 @@ def _under(recipe: Recipe, tokenizer: Tokenizer, device: Device) -> Any:
     """The model that the recipe's adapter sits on."""
     if recipe.model.run is None:
         return load_base(recipe, tokenizer, device)
-    run = Path(recipe.model.run).expanduser()
+    run = path_of(recipe.model.run)
     if wrong := verify(run):
         raise DataError(f"was changed after it was finished: {', '.join(wrong[:4])}", str(run), "train it again")
     if (run / "model").is_dir():  # all weights were trained

@@ -37,6 +37,7 @@ from recipes.lineage import (
     write_atomic,
     write_manifest,
 )
+from recipes.refs import path_of
 from recipes.schema import Recipe
 from recipes.student import LOGITS, TEACHER
 from recipes.verdict import Verdict
@@ -166,7 +167,7 @@ def finish(
 
 
 def _earlier_run(run: str) -> dict[str, Any]:
-    path = Path(run).expanduser() / MANIFEST
+    path = path_of(run) / MANIFEST
     return {"role": "run", "ref": run, "sha256": sha256_file(path), "license": None}
 
 

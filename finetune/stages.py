@@ -18,9 +18,9 @@ from finetune import distributed, evals, flops, reward_check
 from finetune import preflight as checks
 from finetune.arguments import Job
 from finetune.callbacks import AdapterCheck, Metrics, Progress, Seal, TokenCounter, newest_complete
-from finetune.cards import require_torch
 from finetune.completions import Completions
 from finetune.coverage import frozen
+from finetune.gpus import require_torch
 from finetune.guards import Finite, Guarding
 from finetune.guards import describe as describe_guards
 from finetune.layout import Device, Layout, model_facts, plan_layout

@@ -7,19 +7,9 @@ import re
 from collections.abc import Iterable, Iterator
 from urllib.parse import urlsplit
 
-from recipes.evidence import (
-    HUB_ID,
-    Asset,
-    Doubt,
-    bare_model,
-    clean,
-    host_at,
-    model_asset,
-    served_name,
-    service_asset,
-)
+from recipes.evidence import Asset, Doubt, bare_model, clean, model_asset, served_name, service_asset
 from recipes.facts import facts
-from recipes.names import family_called, host_of_model
+from recipes.names import HUB_ID, family_called, host_at, host_of_model
 
 # Names that no public server has: special-use ones and those of networks of one's own (RFC 2606, 6761, 6762, 8375).
 OWN_NAMES = re.compile(

@@ -16,19 +16,17 @@ from typing import Any, Literal
 
 from recipes.errors import DataError
 from recipes.facts import MAY_ALLOW, DataFamily, Family, Host, facts, fold
-from recipes.names import COMMIT as COMMIT
-from recipes.names import HUB_ID as HUB_ID
 from recipes.names import (
+    HUB_ID,
     family_called,
     folded,
+    host_named,
     host_of_model,
     is_release,
     near_miss,
     normalised,
     serves,
 )
-from recipes.names import host_at as host_at
-from recipes.names import host_named as host_named
 
 Role = Literal["base", "teacher", "judge", "data", "eval"]
 NO_EVIDENCE = "no evidence"  # source of the doubt that nobody states what an asset is under

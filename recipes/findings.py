@@ -12,7 +12,6 @@ from typing import Any
 from recipes import gguf
 from recipes.errors import DataError
 from recipes.evidence import (
-    HUB_ID,
     NO_EVIDENCE,
     Asset,
     Claim,
@@ -27,7 +26,7 @@ from recipes.evidence import (
 )
 from recipes.facts import facts, fold
 from recipes.lineage import sha256_file, sha256_json
-from recipes.names import family_called, host_of_model
+from recipes.names import HUB_ID, family_called, host_of_model
 from recipes.texts import identify
 
 LICENCE_FILE = re.compile(

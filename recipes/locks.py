@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from recipes.errors import RetortError
-from recipes.lineage import cannot_write
+from recipes.lineage import writing
 
 
 def hold(lock: Path, what: Path, busy: str, remedy: str) -> IO[Any]:
@@ -20,11 +20,9 @@ def hold(lock: Path, what: Path, busy: str, remedy: str) -> IO[Any]:
     Raises:
         RetortError: another process has it, or the file cannot be made.
     """
-    try:
+    with writing(what):
         lock.parent.mkdir(parents=True, exist_ok=True)
         stream = lock.open("a")
-    except OSError as error:
-        raise cannot_write(what, error) from None
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

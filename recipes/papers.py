@@ -15,8 +15,6 @@ from recipes.authors import read_authors
 from recipes.cards import Card, grown_from, read_cards
 from recipes.errors import DataError
 from recipes.evidence import (
-    COMMIT,
-    HUB_ID,
     Asset,
     Claim,
     Doubt,
@@ -27,14 +25,13 @@ from recipes.evidence import (
     dataset_named,
     datasets_by_file_name,
     from_record,
-    host_named,
     licence_named,
     model_asset,
     service_asset,
 )
 from recipes.findings import OTHER, Found, architecture, betrayed, ggufs, licence_texts, read_gguf, read_json
 from recipes.lineage import MANIFEST, SEAL, read_manifest, sha256_file, verify
-from recipes.names import host_of_model
+from recipes.names import COMMIT, HUB_ID, host_named, host_of_model
 from recipes.origins import MERGES, artefact_around, merged_models, names_in_path
 from recipes.tables import data_files
 

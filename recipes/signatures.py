@@ -24,16 +24,8 @@ PEOPLE = {"human", "humans", "manual", "expert", "experts", "annotator", "human-
 Kind = Literal["sure", "likely", "loose", "licence"]
 _SURE = {" ".join(re.findall(r"[a-z]+", key)) for key in WRITTEN_BY}
 _LIKELY = {"model", "models", "generator", "generators", "teacher", "teachers", "llm", "llms", "engine"}
-_OF_IT = {
-    "name",
-    "names",
-    "id",
-    "slug",
-    "version",
-    "used",
-    "a",
-    "b",
-}  # `model_a`, but not `model_answer`, which is text
+# `model_a`, but not `model_answer`, which is text
+_OF_IT = {"name", "names", "id", "slug", "version", "used", "a", "b"}
 _LOOSE = {"source", "author", "authors", "written", "created", "annotator", "from", "origin", "provider", "sender"}
 _LICENCE = re.compile(r"licen[cs]es?(?: (?:line|type|name|id))?")
 _NAMES = {"name", "id", "model", "generator", "teacher", "llm"}  # in an object: what of it names the model

@@ -12,7 +12,6 @@ from urllib.parse import urlparse
 from recipes.endpoints import endpoint_assets
 from recipes.errors import DataError, RecipeError
 from recipes.evidence import (
-    HUB_ID,
     Asset,
     Claim,
     Doubt,
@@ -22,11 +21,10 @@ from recipes.evidence import (
     dataset_asset,
     dataset_named,
     from_record,
-    host_at,
-    host_named,
     service_asset,
 )
 from recipes.lineage import MANIFEST
+from recipes.names import HUB_ID, host_at, host_named
 from recipes.papers import hub_data, hub_model, local_data, local_model
 from recipes.refs import EMBEDDED, Ref, require_model_folder
 from recipes.schema import Recipe

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune import distributed
 from finetune.arguments import check_names
-from finetune.cards import count_cards
+from finetune.gpus import count_cards
 from finetune.launch import asked_device, launched, suggested
 from finetune.layout import Device, Layout, ModelFacts, model_facts, plan_layout, refuse_impossible
 from finetune.run_files import duties_of
@@ -15,7 +15,7 @@ from recipes.errors import RecipeError
 from recipes.gate import judge
 from recipes.lineage import read_manifest
 from recipes.presets import resolve
-from recipes.refs import parse_ref, require_model_folder
+from recipes.refs import parse_ref, path_of, require_model_folder
 from recipes.schema import Recipe
 from recipes.sources import recipe_assets
 from recipes.student import student_recipe
@@ -72,7 +72,7 @@ def make_plan(
 def _refuse_places(recipe: Recipe) -> None:
     """Refuse what training would find in the way: files that are missing, and an output that is taken."""
     template = recipe.model.chat_template
-    if template is not None and not Path(template).expanduser().is_file():
+    if template is not None and not path_of(template).is_file():
         raise RecipeError(f"there is no file {template}", "model.chat_template", f"looked in {Path.cwd()}")
     tokenizer = parse_ref(recipe.model.tokenizer).path if recipe.model.tokenizer else None
     if tokenizer is not None and not tokenizer.is_dir():

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 from finetune import distributed
-from finetune.cards import count_cards
+from finetune.gpus import count_cards
 from finetune.launch import suggested
 from finetune.layout import Device, ModelFacts, fixed_bytes, model_facts, per_token, plan_layout
 from recipes.errors import MemoryFitError, RecipeError

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from recipes.endpoints import is_own
-from recipes.gate import Verdict, judge
+from recipes.gate import judge
 from recipes.load import load_recipe
 from recipes.sources import recipe_assets
+from recipes.verdict import Verdict
 
 OWN = "http://127.0.0.1:8000/v1"
 USE = {"purpose": "commercial", "distribute": False, "competes_with": ["nobody"]}

@@ -12,11 +12,12 @@ import pytest
 
 from recipes.errors import GateError, RecipeError
 from recipes.facts import facts
-from recipes.gate import Verdict, judge
+from recipes.gate import judge
 from recipes.load import load_recipe
 from recipes.papers import local_data
 from recipes.schema import Attest, Use
 from recipes.sources import asset_named, recipe_assets
+from recipes.verdict import Verdict
 
 FULL = {"monthly_active_users": 10_000, "annual_revenue_usd": 500_000.0, "territories": ("US",)}
 COMMERCIAL = Use(purpose="commercial", distribute=False, **FULL)  # type: ignore[arg-type]

@@ -113,7 +113,7 @@ def test_an_export_in_the_cache_of_the_hub_keeps_its_lineage(tmp_path: Path, mon
         "C:\\models\\Llama-2-7b-hf",
         f"models/{LLAMA_2}",
         "/runs/Llama-2-7b-hf/checkpoint-500",
-        "/root/.cache/huggingface/hub/models--meta-llama--Llama-2-7b-hf/snapshots/abc",
+        "/home/me/.cache/huggingface/hub/models--meta-llama--Llama-2-7b-hf/snapshots/abc",
     ],
 )
 def test_paths_that_a_configuration_was_saved_from(tmp_path: Path, origin: str) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from recipes.gate import Verdict, judge
+from recipes.gate import judge
 from recipes.schema import Use
 from recipes.sources import asset_named
 from recipes.texts import identify
+from recipes.verdict import Verdict
 
 USE = Use(
     purpose="commercial",

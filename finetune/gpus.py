@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,21 +23,18 @@ class Card:
 
 def first_card() -> Card | None:
     """The first card that this process may see, by the driver; CUDA_VISIBLE_DEVICES hides cards, as from torch."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
+    one: list[str] = []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         first = visible.split(",")[0].strip()
         if not first or first.startswith("-"):
             return None
         if not first.startswith("MIG-"):  # a part of a card: the driver answers for the whole one only
-            query += ["-i", first]
+            one = ["-i", first]
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-        memory, name = lines[0].split(",", 1)
+        memory, name = _driver("memory.total,name", *one)[0].split(",", 1)
         return Card(name.strip(), int(memory) * 2**20)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+    except (ValueError, IndexError):
         return None
 
 
@@ -49,12 +45,16 @@ def count_cards() -> int:
         names = [name.strip() for name in visible.split(",")]
         # What comes after an entry that is none is hidden too.
         return next((i for i, name in enumerate(names) if not name or name.startswith("-")), len(names))
+    return len(_driver("name"))
+
+
+def _driver(fields: str, *more: str) -> list[str]:
+    """What the driver says of each card, a line each; nothing where there is no driver, or it does not answer."""
+    asked = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", *more]
     try:
-        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+        return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
-        return 0
-    return len(said.splitlines())
+        return []
 
 
 def require_torch(card: str) -> None:
