@@ -20,7 +20,7 @@ _MARK = (
 RELEASE = rf"(?:-?{_MARK}(?:-{_MARK})*)?-?"
 QUANTISED = re.compile(
     r"[-_.](?:i1-)?(?:gguf|ggml|awq|gptq|exl[23]|hqq|mlx|dwq|fp8(?:-dynamic)?|nvfp4|mxfp4|fp4|nf4|bf16|f[pb]?(?:16|32)|"
-    r"int[48]|[2-68]-?bits?|bnb-4bit|unsloth|quantized|w\d+a\d+|imatrix|i?q\d(?:_\w+)*)(?=$|[-_.])",
+    r"int[48]|[2-68]-?bits?|bnb-4bit|unsloth|quantized|w\d+a\d+|imatrix|i?q\d(?:_\w+)*|auto-?round|onnx|ov)(?=$|[-_.])",
     re.IGNORECASE,
 )
 HUB = ("https://huggingface.co/", "http://huggingface.co/", "https://www.huggingface.co/", "https://hf.co/", "hf.co/")
@@ -65,12 +65,13 @@ def host_of_model(name: str) -> Host | None:
 
 def family_called(name: str) -> Family | None:
     """The family whose models are called so, whoever uploaded this one: re-uploads, quantised or not."""
-    for candidate in dict.fromkeys((name, unquantised(name), unquantised(folded(name)))):
-        for family in facts().families.models:
-            owner, _, pattern = family.id.casefold().partition("/")
+    candidates = dict.fromkeys((name, unquantised(name), unquantised(folded(name))))
+    for family in facts().families.models:
+        owner, _, pattern = family.id.casefold().partition("/")
+        if pattern in {"*", ""}:
+            continue
+        for candidate in candidates:
             inner = candidate.casefold().removeprefix(f"{owner}_")  # acme_model: how some mirrors write acme/model
-            if pattern in {"*", ""}:
-                continue
             if fnmatchcase(inner, pattern) or (pattern.endswith("-*") and inner == pattern[:-2]):
                 return family
     return None
