@@ -321,7 +321,7 @@ def test_a_new_sibling_is_not_allowed_by_a_wide_pattern(tmp_path: Path, ref: str
         "ibm-granite/granite-8b-code-instruct-128k",
         "allenai/OLMo-2-0325-32B-Instruct",
         "allenai/Olmo-3-7B-Think-SFT",
-        "allenai/OLMoE-1B-7B-0924-Instruct",
+        "allenai/OLMoE-1B-7B-0125-Instruct",
         "mistralai/Mistral-Small-4-119B-2603",
         "unsloth/gemma-4-E4B-it-GGUF",
     ],
