@@ -2,7 +2,8 @@
 
 The licences that permit most are known word for word: every run of five words, in order. A text is one of them when
 each of its words stands where it stands in the licence, and none is missing; a title, lines of copyright and what the
-steward of the licence put before and after it may differ or be left out. Of the others a sketch is kept, the hashes
+steward of the licence put before and after it may differ or be left out. The notice by which a work is put under
+Apache-2.0 stands for that licence, alone or next to its text. Of the others a sketch is kept, the hashes
 that are divisible by a stride (FracMinHash, Irber et al. 2022): there a text is identified when nearly all of the
 licence is in it, little else is, and no word of restriction more. With an added paragraph a text is another licence.
 """
@@ -111,7 +112,7 @@ def restrictions(text: str) -> dict[str, int]:
 def identify(text: str) -> Match:
     """The licence whose text this is."""
     text = _FRONT_MATTER.sub("", text)
-    words, restricts = words_of(text), restrictions(text)
+    words, restricts = _without_notice(words_of(text)), restrictions(text)
     order = runs(words)
     found = set(order)
     best, near, nearest = Match(None, 0.0), None, 0.0
@@ -131,6 +132,18 @@ def identify(text: str) -> Match:
         if same and score > best.share:
             best = Match(sketch.licence, score)
     return best if best.licence else Match(None, nearest, near if nearest >= ALIKE else None)
+
+
+def _without_notice(words: list[str]) -> list[str]:
+    """The words of a file without Apache's notice, unless that is all it says."""
+    notice = next((s.order for s in _known() if s.text.endswith("apache-2.0, notice")), ())
+    order, length = tuple(runs(words)), len(notice) + SHINGLE - 1
+    starts = [i for i in range(len(order)) if notice and order[i : i + len(notice)] == notice]
+    for start in reversed(starts):
+        rest = words[:start] + words[start + length :]
+        if len(rest) >= length:
+            words = rest
+    return words
 
 
 def _word_for_word(words: list[str], order: list[int], sketch: Sketch) -> bool:

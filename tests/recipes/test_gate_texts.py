@@ -98,6 +98,17 @@ def test_an_apache_may_lack_its_appendix_or_have_it_filled_in(apache: str) -> No
     assert identify(apache.replace("boilerplate notice", "fee")).licence is None
 
 
+def test_the_notice_alone_stands_for_apache(apache: str) -> None:
+    notice = apache[apache.index('Licensed under the Apache License, Version 2.0 (the "License")') :]
+    held = f"Copyright 2024 Acme, Inc.\n\n{notice}"
+    for text in (notice, held, f"{apache}\n\n{held}", apache[: apache.index("APPENDIX")] + held):
+        assert identify(text).licence == "apache-2.0"
+        for added in ADDED:
+            for altered in (f"{text}\n\n{added}\n", f"{added}\n\n{text}", text.replace("AS IS", f"AS IS. {added}", 1)):
+                assert identify(altered).licence is None, altered[-300:]
+    assert identify(f"{MIT}\n\n{held}").licence == "mit"
+
+
 def test_an_altered_text_beside_a_card_blocks(tmp_path: Path) -> None:
     folder = model(tmp_path / "m", "license: mit")
     (folder / "LICENSE").write_text(HEAD + MIT)
