@@ -39,6 +39,8 @@ class Job:
     reference: Sequence[float] = ()
 
 
+# A processor compiles its bfloat16 kernels anew for every shape, and keeps them: few widths take less memory and time.
+WIDTHS = 32  # tokens
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
 # Fields of the trainer's config that a recipe key already decides: saying it twice is refused, with the key to use.
@@ -293,8 +295,21 @@ def common_arguments(job: Job) -> dict[str, Any]:
         "disable_tqdm": True,
         "dataloader_pin_memory": layout.device == "cuda",
         "ddp_find_unused_parameters": False if layout.world_size > 1 else None,
+        **_few_widths(recipe, layout),
         **train.extra,
     }
+
+
+def _few_widths(recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    compiled = layout.device == "cpu" and layout.dtype == "bfloat16"
+    fits = layout.seq_len % WIDTHS == 0  # or a row of seq_len would be padded beyond what was planned
+    known = "pad_to_multiple_of" in {f.name for f in dataclasses.fields(config_class(recipe))}
+    return {"pad_to_multiple_of": WIDTHS} if compiled and fits and known else {}
+
+
+def width_of(longest: int, multiple: int | None) -> int:
+    """Tokens of a padded batch: its longest row, rounded up to a multiple (`pad_to_multiple_of`)."""
+    return -(-longest // (multiple or 1)) * (multiple or 1)
 
 
 def steps_of(every: int | float, total: int) -> int:

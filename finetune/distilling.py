@@ -16,7 +16,7 @@ import torch
 
 from data_prep.logit_cache import CachedLogits, join, row_key, scored_positions
 from data_prep.logit_parts import REMEDY
-from finetune.arguments import Job, common_arguments, make_trainer
+from finetune.arguments import Job, common_arguments, make_trainer, width_of
 from finetune.heads import ALLOWED, LOOK, base_of, head_gap, head_layer, head_of, is_reached
 from finetune.losses import Targets, sparse_divergence, summary, targets_of
 from finetune.sequences import evaluating
@@ -79,6 +79,7 @@ def build_logits(job: Job) -> Any:
     if config.loss_type != "nll" or config.label_smoothing_factor:
         raise RecipeError("has no loss_type and no label smoothing", "train.extra", "method.cross_entropy mixes losses")
     data, collator = target_dataset(job, cache)
+    collator.multiple = config.pad_to_multiple_of
     trainer = make_trainer(Distilled, job, config, data, data_collator=collator)
     trainer.model_accepts_loss_kwargs = True  # whatever the model does with them, this loss is over the whole step
     base = base_of(trainer.model)
@@ -111,20 +112,22 @@ def target_dataset(job: Job, cache: CachedLogits) -> tuple[Any, TargetCollator]:
 
 @dataclass
 class TargetCollator:
-    """Rows -> a padded batch, tensors (batch, longest), and `targets`: the teacher at its trained positions, in order.
+    """Rows -> a padded batch, tensors (batch, width), and `targets`: the teacher at its trained positions, in order.
 
     Attributes:
         keys: of the rows in the cache, by number.
         vocabulary: rows of the student's head; what the teacher says of ids beyond goes to its tail.
+        multiple: the width is the longest row's, rounded up to a multiple of it.
     """
 
     pad_token_id: int
     cache: CachedLogits
     keys: Sequence[str]
     vocabulary: int | None = None
+    multiple: int | None = None
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
-        width = max(len(row["input_ids"]) for row in rows)
+        width = width_of(max(len(row["input_ids"]) for row in rows), self.multiple)
         fills = [width - len(row["input_ids"]) for row in rows]
         sparse = join([self.cache[self.keys[row["number"]]] for row in rows])
         actual = [token for row in rows for token in row["labels"] if token != -100]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from finetune.arguments import Job, common_arguments, make_trainer
+from finetune.arguments import Job, common_arguments, make_trainer, width_of
 from finetune.layout import Layout
 from finetune.reference import Weighed
 from finetune.sequences import Sequence_
@@ -154,7 +154,7 @@ def build_dpo(job: Job) -> Any:
         precompute_ref_log_probs=True,
         remove_unused_columns=False,
     )
-    collator = PairCollator(job.tokenizer.backend.pad_token_id)
+    collator = PairCollator(job.tokenizer.backend.pad_token_id, config.pad_to_multiple_of)
     trainer = make_trainer(Prepared, job, config, data, data_collator=collator)
     trainer.loss_types, trainer.loss_weights = list(theirs), list(theirs.values())
     return trainer
@@ -185,20 +185,23 @@ def mean_per_forward(accelerator: Any, counts: list[torch.Tensor], device: Any) 
 
 @dataclass
 class PairCollator:
-    """Pairs -> one batch, chosen answers first; `completion_mask` is the prepared mask. Tensors (2 pairs, longest)."""
+    """Pairs -> one batch, chosen answers first; `completion_mask` is the prepared mask. Tensors (2 pairs, width)."""
 
     pad_token_id: int
+    multiple: int | None = None
 
     def __call__(self, pairs: list[Row]) -> dict[str, torch.Tensor]:
         sides = [(pair[f"{side}_ids"], pair[f"{side}_mask"]) for side in ("chosen", "rejected") for pair in pairs]
-        batch = _batch(sides, self.pad_token_id)
+        batch = _batch(sides, self.pad_token_id, self.multiple)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             batch[name] = torch.tensor([pair[name] for pair in pairs])
         return batch
 
 
-def _batch(sequences: Sequence[Sequence_], pad: int, prefix: str = "") -> dict[str, torch.Tensor]:
-    width = max(len(ids) for ids, _ in sequences)
+def _batch(
+    sequences: Sequence[Sequence_], pad: int, multiple: int | None = None, prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    width = width_of(max(len(ids) for ids, _ in sequences), multiple)
     rows = [(*parts, width - len(parts[0])) for parts in sequences]
     return {
         f"{prefix}input_ids": torch.tensor([[*ids, *[pad] * fill] for ids, _, fill in rows]),
@@ -285,22 +288,25 @@ def build_kto(job: Job) -> Any:
         train_sampling_strategy="sequential",  # the batches are fixed; their order was drawn
         remove_unused_columns=False,
     )
-    collator = AnswerCollator(job.tokenizer.backend.pad_token_id)
+    collator = AnswerCollator(job.tokenizer.backend.pad_token_id, config.pad_to_multiple_of)
     data = _dataset(columns)
     return make_trainer(Prepared, job, config, data, data_collator=collator)
 
 
 @dataclass
 class AnswerCollator:
-    """Labelled answers, and mismatched ones where the KL term needs them. Tensors (rows, longest)."""
+    """Labelled answers, and mismatched ones where the KL term needs them. Tensors (rows, width)."""
 
     pad_token_id: int
+    multiple: int | None = None
 
     def __call__(self, lines: list[Row]) -> dict[str, torch.Tensor]:
-        batch = _batch([(line["ids"], line["mask"]) for line in lines], self.pad_token_id)
+        batch = _batch([(line["ids"], line["mask"]) for line in lines], self.pad_token_id, self.multiple)
         names = ["ref_logps"]
         if "KL_ids" in lines[0]:
-            batch |= _batch([(line["KL_ids"], line["KL_mask"]) for line in lines], self.pad_token_id, "KL_")
+            batch |= _batch(
+                [(line["KL_ids"], line["KL_mask"]) for line in lines], self.pad_token_id, self.multiple, "KL_"
+            )
             names.append("ref_KL_logps")
         return batch | {name: torch.tensor([line[name] for line in lines]) for name in (*names, "label")}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetune.arguments import Job, common_arguments, make_trainer
+from finetune.arguments import Job, common_arguments, make_trainer, width_of
 from finetune.distilling import build_logits
 from finetune.on_policy import build_on_policy
 from finetune.policy import build_grpo
@@ -28,7 +28,8 @@ def build_sft(job: Job) -> Any:
         packing=recipe.train.packing and flash,  # then TRL's own collator flattens for the variable-length kernels
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    collator = PackedCollator(job.tokenizer.backend.pad_token_id) if recipe.train.packing and not flash else None
+    packed = PackedCollator(job.tokenizer.backend.pad_token_id, config.pad_to_multiple_of)
+    collator = packed if recipe.train.packing and not flash else None
     data = token_dataset(job.rows, recipe)
     return make_trainer(SFTTrainer, job, config, data, data_collator=collator)
 
@@ -70,13 +71,14 @@ class PackedCollator:
     """Packs -> a batch in which the rows of a pack never see each other.
 
     There is no attention mask: transformers builds a block-diagonal causal mask from `position_ids`, which start at 0
-    with every row. Padding is a block of its own with labels -100. Every tensor is (batch, longest pack).
+    with every row. Padding is a block of its own with labels -100. Every tensor is (batch, width).
     """
 
     pad_token_id: int
+    multiple: int | None = None
 
     def __call__(self, packs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        width = max(len(p["input_ids"]) for p in packs)
+        width = width_of(max(len(p["input_ids"]) for p in packs), self.multiple)
         ids, labels, positions = [], [], []
         for p in packs:
             fill = width - len(p["input_ids"])

@@ -139,6 +139,20 @@ def test_packed_training_equals_unpacked_on_one_big_batch(make_recipe: Callable[
     assert runs["plain"][-1] < runs["plain"][0] - 0.05
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_processor_sees_few_widths_in_bfloat16(make_recipe: Callable[..., Path], packing: bool) -> None:
+    path, pinned = make_recipe(), ["model.dtype=bfloat16", f"train.packing={packing}"]
+    trainer = built(path, *pinned).trainer
+    batches = list(trainer.get_train_dataloader())
+    assert {batch["input_ids"].shape[1] % 32 for batch in batches} == {0}
+    longest = [len(row["input_ids"]) for row in trainer.train_dataset]
+    assert any(length % 32 for length in longest) and max(b["input_ids"].shape[1] for b in batches) <= 128
+    odd = built(path, *pinned, "train.seq_len=120", "train.extra.pad_to_multiple_of=8").trainer
+    assert {batch["input_ids"].shape[1] % 8 for batch in odd.get_train_dataloader()} == {0}
+    whole = built(path, f"train.packing={packing}").trainer
+    assert whole.args.pad_to_multiple_of is None  # float32 has no kernels to compile
+
+
 def test_accumulating_rows_of_different_lengths_changes_nothing(make_recipe: Callable[..., Path]) -> None:
     """The loss is a mean over the tokens of the step, not of means over forwards."""
     layout = {"tokens_per_step": 410, "seq_len": 128, "max_steps": 5, "learning_rate": 5e-3, "device": "cpu"}
