@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import colour_rows, run_train, write_rows
+from conftest import ROOT, colour_rows, run_train, write_rows
 from slurm import command, queued, slurm, wait_for_jobs, wait_until
 
 from recipes.lineage import read_manifest, sha256_files
@@ -133,6 +133,29 @@ def test_two_nodes_train_the_run_of_one(make_recipe: Callable[..., Path], tmp_pa
         for folder in (tmp_path / "one", run)
     ]
     assert len(losses[0]) == 40 and losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("legal", ["prepare", "train", "finish", "export"]),
+        ("legal-distill", ["prepare", "generate", "train", "finish", "export"]),
+    ],
+)
+def test_the_demonstrations_run_as_jobs(tmp_path: Path, cluster: Cluster, name: str, stages: list[str]) -> None:
+    """The recipes as they are shipped, cut to a few rows and steps."""
+    run = tmp_path / "run"
+    cut = [f"output={run}", "data.train=[{embedded: legal, limit: 40}]", "train.max_steps=4", "eval.samples=8"]
+    jobs = submitted(cluster, ROOT / "recipes" / f"{name}.yaml", *(word for value in cut for word in ("--set", value)))
+    assert list(jobs) == stages
+    wait_for_jobs(cluster, 240)
+    shown = told(cluster, run)
+    assert re.findall(r"^(\w+) +done", shown, re.M) == stages, shown + logs(run)
+    assert read_manifest(run)["kind"] == "adapter" and json.loads((run / "eval.json").read_text())["n"] == 8
+    assert "every file is as the manifest says" in (run / FOLDER / "finish.log").read_text()
+    if "generate" in stages:
+        assert json.loads((run / "teacher" / "stats.json").read_text())["requests"] == 48  # with the held-out ones
 
 
 @pytest.mark.slow

@@ -153,6 +153,26 @@ def test_a_processor_sees_few_widths_in_bfloat16(make_recipe: Callable[..., Path
     assert whole.args.pad_to_multiple_of is None  # float32 has no kernels to compile
 
 
+def test_a_head_that_skips_what_is_not_trained_changes_nothing(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trl.trainer.utils as theirs
+
+    made = built(make_recipe())
+    batch = next(iter(made.trainer.get_train_dataloader()))
+    assert 0 < (batch["labels"] != -100).sum() < batch["labels"].numel() / 4
+    found = []
+    for skips in (theirs._use_triton, lambda device: False):
+        assert skips(None) is (not found)
+        monkeypatch.setattr(theirs, "_use_triton", skips)
+        made.trainer.model.zero_grad()
+        loss = made.trainer.compute_loss(made.trainer.model, dict(batch))
+        loss.backward()
+        found.append((loss.item(), [p.grad.clone() for p in made.trainer.model.parameters() if p.grad is not None]))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6) and len(found[0][1]) > 10
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
 def test_accumulating_rows_of_different_lengths_changes_nothing(make_recipe: Callable[..., Path]) -> None:
     """The loss is a mean over the tokens of the step, not of means over forwards."""
     layout = {"tokens_per_step": 410, "seq_len": 128, "max_steps": 5, "learning_rate": 5e-3, "device": "cpu"}
