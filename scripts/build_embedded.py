@@ -182,7 +182,7 @@ def tune(
 ) -> dict[str, Any]:
     """Full fine-tuning on new rows of both tasks, loss on the answers only."""
     legal_rows = conversations(seed, rows_of(clauses(seed, max(200, budget[part] // 300), "train")))
-    sums = arithmetic.rows(seed, len(legal_rows) * 5 // 4, heldout=False)
+    sums = arithmetic.rows(seed, len(legal_rows) * 5 // 8, heldout=False)
     pairs = encode_rows(tokenizer, legal_rows + sums)
     epochs = max(1, -(-budget[part] // sum(len(ids) for ids, _ in pairs)))
     batches = row_batches(pairs, WINDOW * BATCH_ROWS, epochs, tokenizer.pad_token_id, seed)
