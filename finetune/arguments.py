@@ -40,7 +40,7 @@ class Job:
 
 
 # A processor compiles its bfloat16 kernels anew for every shape, and keeps them: few widths take less memory and time.
-WIDTHS = 16  # tokens
+WIDTHS = 32  # tokens
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
 # Fields of the trainer's config that a recipe key already decides: saying it twice is refused, with the key to use.

@@ -232,7 +232,9 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("epochs and max_steps say the same thing; give one of them")
+            raise ValueError(
+                "epochs and max_steps say the same thing; give one of them, and null for one that is inherited"
+            )
         if self.best is not None and self.eval_every is None:
             raise ValueError("best is decided by evaluations: set eval_every, such as 0.1")
         return self

@@ -146,16 +146,17 @@ def test_two_nodes_train_the_run_of_one(make_recipe: Callable[..., Path], tmp_pa
 def test_the_demonstrations_run_as_jobs(tmp_path: Path, cluster: Cluster, name: str, stages: list[str]) -> None:
     """The recipes as they are shipped, cut to a few rows and steps."""
     run = tmp_path / "run"
-    cut = [f"output={run}", "data.train=[{embedded: legal, limit: 40}]", "train.max_steps=4", "eval.samples=8"]
+    cut = [f"output={run}", "data.train=[{embedded: legal, limit: 40}]", "train.epochs=1", "eval.samples=8"]
     jobs = submitted(cluster, ROOT / "recipes" / f"{name}.yaml", *(word for value in cut for word in ("--set", value)))
     assert list(jobs) == stages
     wait_for_jobs(cluster, 240)
     shown = told(cluster, run)
     assert re.findall(r"^(\w+) +done", shown, re.M) == stages, shown + logs(run)
-    assert read_manifest(run)["kind"] == "adapter" and json.loads((run / "eval.json").read_text())["n"] == 8
+    assert read_manifest(run)["kind"] == "run" and json.loads((run / "eval.json").read_text())["n"] == 8
     assert "every file is as the manifest says" in (run / FOLDER / "finish.log").read_text()
     if "generate" in stages:
-        assert json.loads((run / "teacher" / "stats.json").read_text())["requests"] == 48  # with the held-out ones
+        told_of = json.loads((run / "teacher" / "stats.json").read_text())
+        assert told_of["calls_made"] == told_of["requests"] >= 40 + 8 and told_of["kept"] >= 30
 
 
 @pytest.mark.slow

@@ -144,9 +144,9 @@ def test_a_processor_sees_few_widths_in_bfloat16(make_recipe: Callable[..., Path
     path, pinned = make_recipe(), ["model.dtype=bfloat16", f"train.packing={packing}"]
     trainer = built(path, *pinned).trainer
     batches = list(trainer.get_train_dataloader())
-    assert {batch["input_ids"].shape[1] % 16 for batch in batches} == {0}
+    assert {batch["input_ids"].shape[1] % 32 for batch in batches} == {0}
     longest = [len(row["input_ids"]) for row in trainer.train_dataset]
-    assert any(length % 16 for length in longest) and max(b["input_ids"].shape[1] for b in batches) <= 128
+    assert any(length % 32 for length in longest) and max(b["input_ids"].shape[1] for b in batches) <= 128
     odd = built(path, *pinned, "train.seq_len=120", "train.extra.pad_to_multiple_of=8").trainer
     assert {batch["input_ids"].shape[1] % 8 for batch in odd.get_train_dataloader()} == {0}
     whole = built(path, f"train.packing={packing}").trainer
