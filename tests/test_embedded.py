@@ -182,12 +182,25 @@ def test_arithmetic_rows_are_right_and_heldout_pairs_are_unseen() -> None:
         for row in rows:
             reply = row["messages"][-1]
             assert reply["content"] == row["answer"]
-            assert reply["reasoning_content"].endswith(f"= {row['answer']}")
+            assert reply["reasoning_content"].split()[-1] == row["answer"]
     rng = random.Random(0)
     train = {arithmetic.draw(rng, heldout=False) for _ in range(20_000)}
     heldout = {arithmetic.draw(rng, heldout=True) for _ in range(5_000)}
     assert not {(p.operation, *sorted(p[1:])) for p in train} & {(p.operation, *sorted(p[1:])) for p in heldout}
     assert all(eval_steps(p) for p in train)
+    assert all(ends_right(p) for p in train | heldout)
+
+
+def ends_right(problem: arithmetic.Problem) -> bool:
+    """Whether the counted steps hold: each line `left value` is one nearer to the answer, which stands at 0 left."""
+    lines = [line for line in arithmetic.counted(problem).splitlines() if "=" not in line]
+    pairs = [tuple(map(int, line.split())) for line in lines]
+    if problem.operation == "multiply" or not pairs:
+        return int(arithmetic.counted(problem).split()[-1]) == problem.answer
+    step = 1 if problem.operation == "add" else -1
+    return [value + step * left for left, value in pairs] == [problem.answer] * len(pairs) and [
+        left for left, _ in pairs
+    ] == list(range(problem.b % 10, -1, -1))
 
 
 def eval_steps(problem: arithmetic.Problem) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from scripts.corpus.grammar import Writer, load_yaml
@@ -66,16 +67,30 @@ def steps(problem: Problem) -> str:
     return "\n".join(lines)
 
 
+def counted(problem: Problem) -> str:
+    """Steps that a small model can follow: the tens at once, the ones one by one, as `still to go, so far` lines."""
+    a, b = problem.a, problem.b
+    if problem.operation == "multiply":
+        return steps(problem)
+    tens, ones = b // 10 * 10, b % 10
+    sign, step = ("+", 1) if problem.operation == "add" else ("-", -1)
+    middle = a + step * tens
+    lines = [f"{b} = {tens} + {ones}"] if tens and ones else []
+    lines += [f"{a} {sign} {tens} = {middle}"] if tens else []
+    lines += [f"{left} {middle + step * (ones - left)}" for left in range(ones, -1, -1)] if ones else []
+    return "\n".join(lines)
+
+
 def wording(rng: random.Random, problem: Problem) -> str:
     """The problem as an expression or as a short word problem."""
     writer = Writer(rng, {"a": str(problem.a), "b": str(problem.b)})
     return writer.write(rng.choice(load_yaml("arithmetic.yaml")[problem.operation]))
 
 
-def row(rng: random.Random, problem: Problem) -> dict[str, Any]:
+def row(rng: random.Random, problem: Problem, worked: Callable[[Problem], str] = counted) -> dict[str, Any]:
     """A chat row with worked steps in `reasoning_content` and the bare number as content and as `answer`."""
     answer = str(problem.answer)
-    reply = {"role": "assistant", "content": answer, "reasoning_content": steps(problem)}
+    reply = {"role": "assistant", "content": answer, "reasoning_content": worked(problem)}
     return {"messages": [{"role": "user", "content": wording(rng, problem)}, reply], "answer": answer}
 
 
@@ -110,7 +125,7 @@ def comparisons(seed: int, count: int, heldout: bool) -> list[dict[str, str]]:
 
 def chat(rng: random.Random, thinking: float) -> list[dict[str, str]]:
     """A conversation on a train-side problem; a share of `thinking` shows the steps, the rest answers in a sentence."""
-    made = row(rng, draw(rng, heldout=False))
+    made = row(rng, draw(rng, heldout=False), steps)
     user, reply = made["messages"]
     if rng.random() >= thinking:
         content = rng.choice(("{n}", "It is {n}.", "The answer is {n}.")).format(n=reply["content"])

@@ -17,6 +17,7 @@ CONTEXT = 1024
 PAD, END_OF_TEXT, START, END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINK, END_THINK = "<think>", "</think>"
 IGNORE = -100  # label of a token that carries no loss
+WIDTHS = 16  # the width of a padded batch is a multiple of it, in tokens
 
 # The generation tags enclose all that the assistant emits, its end token included, and not the newline after it.
 # An answer begins with a space, as in Llama 2's template: words after a space and words at the start of a line are
@@ -108,9 +109,14 @@ def pack(documents: Sequence[list[int]], window: int) -> torch.Tensor:
     return flat[: len(flat) // window * window].view(-1, window)
 
 
+def padded_length(length: int) -> int:
+    """Few widths of batches: a processor compiles its bfloat16 kernels anew for each shape."""
+    return -(-length // WIDTHS) * WIDTHS
+
+
 def pad_batch(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded (ids, labels), both of shape (batch, longest)."""
-    longest = max(len(ids) for ids, _ in pairs)
+    """Right-padded (ids, labels), both of shape (batch, longest, rounded up to WIDTHS)."""
+    longest = padded_length(max(len(ids) for ids, _ in pairs))
     ids = [ids + [pad_id] * (longest - len(ids)) for ids, _ in pairs]
     labels = [labels + [IGNORE] * (longest - len(labels)) for _, labels in pairs]
     return torch.tensor(ids), torch.tensor(labels)
@@ -123,7 +129,7 @@ def batches_by_length(
     ordered = sorted(pairs, key=lambda pair: len(pair[0]) + rng.random() * 16)
     batches: list[list[tuple[list[int], list[int]]]] = [[]]
     for pair in ordered:
-        if batches[-1] and (len(batches[-1]) + 1) * len(pair[0]) > tokens:
+        if batches[-1] and (len(batches[-1]) + 1) * padded_length(len(pair[0])) > tokens:
             batches.append([])
         batches[-1].append(pair)
     rng.shuffle(batches)

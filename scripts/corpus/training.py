@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scripts.corpus.tokens import batches_by_length, pad_batch
+from scripts.corpus.tokens import IGNORE, batches_by_length, pad_batch
 
 WARMUP = 40  # steps
 MUON_RATE, ADAM_RATE = 0.02, 3e-3  # peak learning rates of pretraining; fine-tuning states a share of them
+HEAD_ROWS = 256  # positions of the output head are a multiple of it
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -48,9 +49,13 @@ def loss_of(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
     ids, labels = batch
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
-        targets = labels[:, 1:]
-        logits = model.lm_head(hidden[targets != -100])
-    return torch.nn.functional.cross_entropy(logits.float(), targets[targets != -100])
+        targets = labels[:, 1:].flatten()
+        places = (targets != IGNORE).nonzero().squeeze(1)
+        count = len(places)
+        if count < len(targets):  # answers alone: their number rounded up, so that shapes repeat
+            places = torch.cat([places, places.new_zeros(-count % HEAD_ROWS)])
+        logits = model.lm_head(hidden.flatten(0, 1)[places])
+    return torch.nn.functional.cross_entropy(logits[:count].float(), targets[places[:count]])
 
 
 def window_batches(windows: torch.Tensor, rows: int, seed: int) -> Iterator[Batch]:
