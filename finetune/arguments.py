@@ -295,16 +295,15 @@ def common_arguments(job: Job) -> dict[str, Any]:
         "disable_tqdm": True,
         "dataloader_pin_memory": layout.device == "cuda",
         "ddp_find_unused_parameters": False if layout.world_size > 1 else None,
-        **_few_widths(recipe, layout),
         **train.extra,
     }
 
 
-def _few_widths(recipe: Recipe, layout: Layout) -> dict[str, Any]:
+def few_widths(layout: Layout) -> dict[str, Any]:
+    """What makes batches of rows alike in width where that pays; `train.extra` may say otherwise."""
     compiled = layout.device == "cpu" and layout.dtype == "bfloat16"
     fits = layout.seq_len % WIDTHS == 0  # or a row of seq_len would be padded beyond what was planned
-    known = "pad_to_multiple_of" in {f.name for f in dataclasses.fields(config_class(recipe))}
-    return {"pad_to_multiple_of": WIDTHS} if compiled and fits and known else {}
+    return {"pad_to_multiple_of": WIDTHS} if compiled and fits else {}
 
 
 def width_of(longest: int, multiple: int | None) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from data_prep.logit_cache import CachedLogits, join, row_key, scored_positions
 from data_prep.logit_parts import REMEDY
-from finetune.arguments import Job, common_arguments, make_trainer, width_of
+from finetune.arguments import Job, common_arguments, few_widths, make_trainer, width_of
 from finetune.heads import ALLOWED, LOOK, base_of, head_gap, head_layer, head_of, is_reached
 from finetune.losses import Targets, sparse_divergence, summary, targets_of
 from finetune.sequences import evaluating
@@ -71,7 +71,7 @@ def build_logits(job: Job) -> Any:
             super().log(logs, start_time)
 
     config = SFTConfig(
-        **common_arguments(job),
+        **few_widths(job.layout) | common_arguments(job),
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,

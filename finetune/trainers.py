@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetune.arguments import Job, common_arguments, make_trainer, width_of
+from finetune.arguments import Job, common_arguments, few_widths, make_trainer, width_of
 from finetune.distilling import build_logits
 from finetune.on_policy import build_on_policy
 from finetune.policy import build_grpo
@@ -25,7 +25,7 @@ def build_sft(job: Job) -> Any:
         score_trained_positions_alone()
     flash = recipe.model.attention.startswith("flash")
     config = SFTConfig(
-        **common_arguments(job),
+        **few_widths(job.layout) | common_arguments(job),
         max_length=None,
         packing=recipe.train.packing and flash,  # then TRL's own collator flattens for the variable-length kernels
         dataset_kwargs={"skip_prepare_dataset": True},
