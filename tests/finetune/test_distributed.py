@@ -204,6 +204,28 @@ def test_long_work_outlasts_the_limit_as_long_as_it_gives_signs_of_life(run_dir:
     assert [code for code, _, _ in found] == [0, 0, 0], found
 
 
+def test_a_shared_disk_that_stalls_or_is_away_for_a_while_changes_nothing(run_dir: Path) -> None:
+    """The main process hangs as in a write to a slow disk; then the folder is gone, and comes back."""
+    main, *others = processes = [member(run_dir, rank, "4", RETORT_WAIT_SECONDS="3") for rank in (0, 1, 2)]
+    place = run_dir.parent / ".run.processes"
+    deadline = time.monotonic() + 30
+    while not (place / "working.json").exists() or len(json.loads((place / "working.json").read_text())["seen"]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    main.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    assert [process.poll() for process in others] == [None, None]
+    main.send_signal(signal.SIGCONT)
+    time.sleep(0.6)
+    place.rename(place.with_name("away"))
+    place.write_text("nothing can be read or written below it")
+    time.sleep(1)
+    place.unlink()
+    place.with_name("away").rename(place)
+    found = ended(processes)
+    assert [(code, out) for code, out, _ in found] == [(0, f"through {rank}") for rank in (0, 1, 2)], found
+
+
 SPEAKER = """
 import sys, time
 from finetune import distributed
