@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ CHATML = (
 )
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "grey", "pink"]
 THINGS = ["house", "door", "boat", "chair", "coat", "lamp", "book", "stone", "wheel", "glass"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first: a file that waits for Slurm and servers must not be what all wait for."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
