@@ -241,6 +241,8 @@ def make_trainer(kind: Any, job: Job, config: Any, data: Any, **more: Any) -> An
 
     from finetune.models import adapter_config  # torch, which `retort plan` does without
 
+    if job.layout.device == "cpu":
+        _score_trained_positions_alone()
     datasets.disable_progress_bars()  # of steps that take no time: the rows are prepared
     fresh = job.recipe.adapter is not None and not hasattr(job.model, "peft_config")
     try:
@@ -258,6 +260,18 @@ def make_trainer(kind: Any, job: Job, config: Any, data: Any, **more: Any) -> An
         raise RecipeError(f"cannot be set up: {reason}", "adapter" if "target" in reason else "train") from None
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _score_trained_positions_alone() -> None:
+    """Let the head that TRL's trainers share read the trained positions alone on a processor too, as on a card.
+
+    TRL asks `_use_triton` whether to leave the others out, and keeps them elsewhere for compilers that want fixed
+    shapes. Nothing is compiled here; where a tenth of the tokens is trained, the head was a third of a step.
+    """
+    import trl.trainer.utils as theirs
+
+    if hasattr(theirs, "_use_triton"):  # a later TRL without it is as slow as before, and as right
+        theirs._use_triton = lambda device: True
 
 
 def common_arguments(job: Job) -> dict[str, Any]:

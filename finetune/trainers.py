@@ -21,8 +21,6 @@ def build_sft(job: Job) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     recipe = job.recipe
-    if job.layout.device == "cpu":
-        score_trained_positions_alone()
     flash = recipe.model.attention.startswith("flash")
     config = SFTConfig(
         **few_widths(job.layout) | common_arguments(job),
@@ -34,18 +32,6 @@ def build_sft(job: Job) -> Any:
     collator = packed if recipe.train.packing and not flash else None
     data = token_dataset(job.rows, recipe)
     return make_trainer(SFTTrainer, job, config, data, data_collator=collator)
-
-
-def score_trained_positions_alone() -> None:
-    """Let the head of TRL's loss read the trained positions alone on a processor too, as it does on a card.
-
-    TRL asks `_use_triton` whether to leave the others out, and keeps them elsewhere for compilers that want fixed
-    shapes. Nothing is compiled here; where a tenth of the tokens is trained, the head was a third of a step.
-    """
-    import trl.trainer.utils as theirs
-
-    if hasattr(theirs, "_use_triton"):  # a later TRL without it is as slow as before, and as right
-        theirs._use_triton = lambda device: True
 
 
 BUILDERS = {

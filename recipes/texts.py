@@ -30,6 +30,7 @@ STRIDE = 8
 PRESENT, EXPLAINED = 0.9, 0.93  # share of the licence in the file, share of the file in the licence
 ALIKE = 0.5  # from this share on a text is a changed form of a licence
 NAME = 16  # words of a name that is filled in
+NOTICE = "notice by which a work is put under Apache-2.0"  # which of the texts it is
 # What scancode's collection, from which such texts are often copied, writes above them.
 _FRONT_MATTER = re.compile(r"\A---\nkey: [\w.+-]+\n.*?\n---\n", re.DOTALL)
 # A line is read as words and what is between them, in one way only: an ambiguous pattern would take forever.
@@ -136,12 +137,11 @@ def identify(text: str) -> Match:
 
 def _without_notice(words: list[str]) -> list[str]:
     """The words of a file without Apache's notice, unless that is all it says."""
-    notice = next((s.order for s in _known() if s.text.endswith("apache-2.0, notice")), ())
-    order, length = tuple(runs(words)), len(notice) + SHINGLE - 1
-    starts = [i for i in range(len(order)) if notice and order[i : i + len(notice)] == notice]
-    for start in reversed(starts):
+    notice = next(list(sketch.order) for sketch in _known() if sketch.text == NOTICE)
+    order, length = runs(words), len(notice) + SHINGLE - 1
+    for start in reversed([i for i, run in enumerate(order) if run == notice[0]]):
         rest = words[:start] + words[start + length :]
-        if len(rest) >= length:
+        if order[start : start + len(notice)] == notice and len(rest) >= length:
             words = rest
     return words
 

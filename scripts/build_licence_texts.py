@@ -13,7 +13,7 @@ import json
 import re
 from pathlib import Path
 
-from recipes.texts import SKETCHES, sketch_of
+from recipes.texts import NOTICE, SKETCHES, sketch_of
 
 # File stem in scancode-toolkit -> id of our facts, where the two differ or several texts share the facts.
 TEXTS = {
@@ -114,7 +114,7 @@ WORD_FOR_WORD: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "odc-by-1.0": (("The Open Data Commons Attribution License is a license agreement", ""), ()),
 }
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
-NOTICE = re.compile(r"Licensed under the Apache License, Version 2\.0 \(the.*", re.DOTALL)  # the end of its appendix
+APPLIED = re.compile(r"Licensed under the Apache License, Version 2\.0 \(the.*", re.DOTALL)  # the end of its appendix
 
 
 def main() -> None:
@@ -125,10 +125,9 @@ def main() -> None:
     for stem, licence in sorted({**TEXTS, **{name: name for name in ALIKE}}.items()):
         text = (folder / f"{stem}.LICENSE").read_text("utf-8")
         core, names = WORD_FOR_WORD.get(stem, (None, ()))
-        source = f"scancode-toolkit 32.5.0: {stem}"
-        entries.append(sketch_of(licence, source, FRONT_MATTER.sub("", text), core, names))
-        if stem == "apache-2.0" and (notice := NOTICE.search(text)) is not None:
-            entries.append(sketch_of(licence, f"{source}, notice", notice[0], ("", "")))
+        entries.append(sketch_of(licence, f"scancode-toolkit 32.5.0: {stem}", FRONT_MATTER.sub("", text), core, names))
+        if stem == "apache-2.0" and (notice := APPLIED.search(text)) is not None:
+            entries.append(sketch_of(licence, NOTICE, notice[0], ("", "")))
     SKETCHES.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n", "utf-8")
     print(f"{len(entries)} texts, {SKETCHES.stat().st_size:,} bytes")
 

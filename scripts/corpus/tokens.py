@@ -12,12 +12,14 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+from finetune.arguments import width_of
+
 VOCAB_SIZE = 2048  # half of what is allowed: on a CPU the output layer is the largest cost of a model this small
 CONTEXT = 1024
 PAD, END_OF_TEXT, START, END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINK, END_THINK = "<think>", "</think>"
 IGNORE = -100  # label of a token that carries no loss
-WIDTHS = 16  # the width of a padded batch is a multiple of it, in tokens
+WIDTHS = 16  # tokens; a padded batch is as wide as a multiple of it: bfloat16 kernels are compiled for each shape
 
 # The generation tags enclose all that the assistant emits, its end token included, and not the newline after it.
 # An answer begins with a space, as in Llama 2's template: words after a space and words at the start of a line are
@@ -109,14 +111,9 @@ def pack(documents: Sequence[list[int]], window: int) -> torch.Tensor:
     return flat[: len(flat) // window * window].view(-1, window)
 
 
-def padded_length(length: int) -> int:
-    """Few widths of batches: a processor compiles its bfloat16 kernels anew for each shape."""
-    return -(-length // WIDTHS) * WIDTHS
-
-
 def pad_batch(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded (ids, labels), both of shape (batch, longest, rounded up to WIDTHS)."""
-    longest = padded_length(max(len(ids) for ids, _ in pairs))
+    longest = width_of(max(len(ids) for ids, _ in pairs), WIDTHS)
     ids = [ids + [pad_id] * (longest - len(ids)) for ids, _ in pairs]
     labels = [labels + [IGNORE] * (longest - len(labels)) for _, labels in pairs]
     return torch.tensor(ids), torch.tensor(labels)
@@ -129,7 +126,7 @@ def batches_by_length(
     ordered = sorted(pairs, key=lambda pair: len(pair[0]) + rng.random() * 16)
     batches: list[list[tuple[list[int], list[int]]]] = [[]]
     for pair in ordered:
-        if batches[-1] and (len(batches[-1]) + 1) * padded_length(len(pair[0])) > tokens:
+        if batches[-1] and (len(batches[-1]) + 1) * width_of(len(pair[0]), WIDTHS) > tokens:
             batches.append([])
         batches[-1].append(pair)
     rng.shuffle(batches)
